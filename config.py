@@ -1,0 +1,359 @@
+"""Every default in one place: edit a number here, or overlay it from YAML or the command line.
+
+Order, later wins: the dataclass defaults below, what the mode asks for (MODE_DEFAULTS), the data
+set's and the model's presets (DATASET_PRESETS, MODEL_PRESETS), `--config file.yaml`,
+`--set key=value`, the command-line flags. In `quick` mode the mode's epochs and batch size beat the
+presets, so that a smoke test stays one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(Exception):
+    """A setting that cannot be: one sentence with the key, the value and what is allowed."""
+
+
+def number(default: float, low: float, high: float, note: str) -> Any:
+    """A dataclass field for a number within [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high, "help": note})
+
+
+def choice(default: str, options: tuple[str, ...], note: str) -> Any:
+    """A dataclass field that takes one of `options`."""
+    return field(default=default, metadata={"options": options, "help": note})
+
+
+def setting(default: Any, note: str) -> Any:
+    """A dataclass field of free text, a switch or a list."""
+    factory = {"default_factory": lambda: default} if isinstance(default, list | dict) else {}
+    return field(**(factory or {"default": default}), metadata={"help": note})
+
+
+# --------------------------------------------------------------------------- run, data, training
+
+MODES = ("quick", "baseline")
+MODELS = ("popularity", "sasrec", "bsarec", "rpg")
+
+
+@dataclass
+class Run:
+    """What to do and where to put it."""
+
+    mode: str = choice("quick", MODES, "what to run")
+    model: str = setting("sasrec", "model, or several separated by commas in mode baseline")
+    device: str = choice("auto", ("auto", "cpu", "cuda"), "auto takes a GPU when there is one")
+    seed: int = number(42, 0, 2**31 - 1, "first random seed")
+    seeds: int = number(1, 1, 100, "runs per model, with seeds seed, seed+1, ...")
+    save_dir: str = setting("./results", "folder of the run folders")
+    log_dir: str = setting("./logs", "folder of experiment.log")
+
+
+@dataclass
+class Data:
+    """What to read and how to split it."""
+
+    dataset: str = setting("mock", "mock, amazon, movielens, mmrec, or the path of a data folder")
+    data_dir: str = setting("./data", "where data sets and the cache of prepared arrays live")
+    max_history: int = number(50, 2, 10_000, "newest items of a history that a model sees")
+    tie_policy: str = choice(
+        "file", ("file", "shuffle"), "order of equal timestamps: as in the file, or seeded random"
+    )
+    min_rating: float = number(0.0, 0.0, 1e9, "drop interactions rated below this (0 keeps all)")
+    k_core: int = number(0, 0, 1000, "drop users and items with fewer interactions (0 keeps all)")
+    features: str = choice("auto", ("auto", "none"), "load the feature files, or leave them out")
+    cache: bool = setting(True, "keep prepared arrays under data_dir/cache")
+
+
+@dataclass
+class Mock:
+    """The embedded data set with planted truth."""
+
+    n_users: int = number(600, 10, 10_000_000, "users")
+    n_items: int = number(500, 20, 10_000_000, "items")
+    dims: dict = setting({"visual": 32, "text": 48, "audio": 16}, "feature width of each modality")
+    history_min: int = number(8, 3, 10_000, "shortest history")
+    history_max: int = number(30, 3, 10_000, "longest history")
+    drift_share: float = number(0.2, 0.0, 1.0, "share of users whose modality weights change")
+    missing_share: float = number(0.1, 0.0, 0.9, "share of items that lack a given modality")
+
+
+@dataclass
+class Train:
+    """The training loop, the same for every model."""
+
+    epochs: int = number(10, 0, 100_000, "passes over the train examples")
+    batch_size: int = number(32, 1, 1_000_000, "examples per step, over all processes")
+    lr: float = number(1e-4, 0.0, 10.0, "learning rate after the warm-up")
+    weight_decay: float = number(0.0, 0.0, 10.0, "decoupled weight decay (AdamW)")
+    schedule: str = choice("constant", ("constant", "cosine", "linear"), "shape after the warm-up")
+    warmup_steps: int = number(0, 0, 10_000_000, "steps of linear warm-up")
+    clip: float = number(1.0, 0.0, 1e6, "largest gradient norm (0 = no clipping)")
+    patience: int = number(10, 0, 100_000, "evaluations without a better valid NDCG@10 (0 = never)")
+    eval_every: int = number(1, 1, 100_000, "epochs between evaluations on valid")
+    eval_batch_size: int = number(256, 1, 1_000_000, "users scored at once")
+    mask_seen: bool = setting(True, "leave items of the history out of the ranking")
+    amp: str = choice("auto", ("auto", "bf16", "fp16", "off"), "mixed precision; CUDA only")
+    compile: bool = setting(False, "torch.compile the model")
+    num_workers: int = number(0, 0, 64, "0 builds batches in the loop, more prefetches in a thread")
+    checkpoint_minutes: float = number(10.0, 0.0, 1e6, "minutes between checkpoints in an epoch")
+    tensorboard: bool = setting(False, "also write TensorBoard events (needs the package)")
+
+
+# --------------------------------------------------------------------------- models
+
+
+@dataclass
+class SASRec:
+    """baseline_models/sasrec.py"""
+
+    width: int = number(64, 4, 8192, "embedding and hidden width")
+    layers: int = number(2, 1, 64, "blocks")
+    heads: int = number(2, 1, 64, "attention heads")
+    inner: int = number(256, 4, 65536, "feed-forward width")
+    dropout: float = number(0.5, 0.0, 0.95, "everywhere")
+
+
+@dataclass
+class BSARec:
+    """baseline_models/bsarec.py"""
+
+    width: int = number(64, 4, 8192, "embedding and hidden width")
+    layers: int = number(2, 1, 64, "blocks")
+    heads: int = number(1, 1, 64, "attention heads")
+    dropout: float = number(0.5, 0.0, 0.95, "everywhere")
+    alpha: float = number(0.7, 0.0, 1.0, "weight of the filter against attention")
+    cutoff: int = number(5, 1, 1000, "c of the paper: c // 2 + 1 low frequencies pass")
+
+
+@dataclass
+class RPG:
+    """baseline_models/rpg.py; sizes of the paper: width 448, inner 1024, digits 32 (Beauty)."""
+
+    digits: int = number(32, 1, 1024, "m, digits of a semantic ID")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    width: int = number(448, 4, 8192, "embedding and hidden width")
+    layers: int = number(2, 1, 64, "blocks")
+    heads: int = number(4, 1, 64, "attention heads")
+    inner: int = number(1024, 4, 65536, "feed-forward width")
+    embedding_dropout: float = number(0.5, 0.0, 0.95, "on the input")
+    attention_dropout: float = number(0.5, 0.0, 0.95, "on attention weights")
+    temperature: float = number(0.03, 1e-4, 10.0, "tau of the digit softmax")
+    pca: int = number(0, 0, 8192, "whitened PCA width before OPQ; 0 = 512 or what the features allow")
+    tokenizer: str = choice("opq", ("opq", "random"), "random codes are the control")
+    decoding: str = choice("exhaustive", ("exhaustive", "graph"), "score all items, or walk the graph")
+    beams: int = number(20, 1, 100_000, "b, items kept at each step of the graph walk")
+    edges: int = number(200, 1, 100_000, "k, neighbours of an item in the graph")
+    steps: int = number(3, 1, 1000, "q, steps of the graph walk")
+
+
+@dataclass
+class Config:
+    """All settings; `config.sasrec.width` and so on. `PMAT(config)`-style constructors take this."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    mock: Mock = field(default_factory=Mock)
+    train: Train = field(default_factory=Train)
+    sasrec: SASRec = field(default_factory=SASRec)
+    bsarec: BSARec = field(default_factory=BSARec)
+    rpg: RPG = field(default_factory=RPG)
+
+    def n_items(self, catalogue: Any = None) -> int:
+        """Items of `catalogue`, or of the mock data set when a model is built without one."""
+        return self.mock.n_items if catalogue is None else len(catalogue.item_ids)
+
+
+# --------------------------------------------------------------------------- presets
+
+MODE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "quick": {"train.epochs": 2, "train.batch_size": 64},
+}
+
+# By the name of the data set (its folder, or `mock`).
+DATASET_PRESETS: dict[str, dict[str, Any]] = {
+    "movielens-small": {"data.k_core": 5},
+}
+
+# By model; under "*" for every data set, else by the data set's name.
+MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "sasrec": {
+        "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
+        "mock": {"train.batch_size": 64, "train.epochs": 30, "sasrec.dropout": 0.2},
+    },
+    "bsarec": {
+        "*": {"train.lr": 5e-4, "train.batch_size": 256, "train.epochs": 100},
+        "mock": {"train.lr": 1e-3, "train.epochs": 15, "bsarec.dropout": 0.2},
+    },
+    "rpg": {
+        "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
+        "mock": {"train.batch_size": 64, "train.epochs": 30},
+    },
+}
+
+
+# --------------------------------------------------------------------------- reading and checking
+
+
+def keys(config: Config) -> dict[str, dataclasses.Field]:
+    """All dotted keys with their fields."""
+    found = {}
+    for section in dataclasses.fields(config):
+        for leaf in dataclasses.fields(getattr(config, section.name)):
+            found[f"{section.name}.{leaf.name}"] = leaf
+    return found
+
+
+def closest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """' Did you mean x?' when something is near, else an empty string."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def assign(config: Config, key: str, value: Any, source: str) -> None:
+    """Set one dotted key after checking its type and range.
+
+    Raises ConfigError for an unknown key (with the nearest known one) or a value out of range.
+    """
+    fields = keys(config)
+    if key not in fields:
+        ends = {known.split(".")[-1]: known for known in fields}
+        hint = closest(key, list(fields)) or (
+            f" Did you mean '{ends[near[0]]}'?"
+            if (near := difflib.get_close_matches(key.split(".")[-1], list(ends), n=1))
+            else ""
+        )
+        raise ConfigError(f"{source}: there is no setting '{key}'.{hint}")
+    section, leaf = key.split(".")
+    current = getattr(getattr(config, section), leaf)
+    setattr(getattr(config, section), leaf, _checked(fields[key], current, value, key, source))
+
+
+def _checked(leaf: dataclasses.Field, current: Any, value: Any, key: str, source: str) -> Any:
+    kind = type(current)
+    if kind is bool:
+        words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+        value = words.get(str(value).lower(), value)
+    elif kind in (int, float) and not isinstance(value, bool):
+        value = _to_number(value, kind)
+    elif kind is dict and isinstance(value, str):
+        value = yaml.safe_load(value)
+    if not isinstance(value, kind):
+        raise ConfigError(f"{source}: {key} wants {_kind_name(kind)}, not {value!r}.")
+    limits = leaf.metadata
+    if "options" in limits and value not in limits["options"]:
+        raise ConfigError(
+            f"{source}: {key} is one of {', '.join(limits['options'])}, not '{value}'."
+            + closest(str(value), limits["options"])
+        )
+    if "low" in limits and not (limits["low"] <= value <= limits["high"]):
+        raise ConfigError(
+            f"{source}: {key} lies between {limits['low']:g} and {limits['high']:g}, not {value!r}."
+        )
+    return value
+
+
+def _to_number(value: Any, kind: type) -> Any:
+    try:
+        converted = float(value)
+    except (TypeError, ValueError):
+        return value
+    if not math.isfinite(converted) or (kind is int and converted != int(converted)):
+        return value
+    return kind(converted)
+
+
+def _kind_name(kind: type) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return names.get(kind, "a mapping such as {text: 48}")
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Dotted key -> value of a YAML file of sections (`train: {lr: 0.001}`) or dotted keys.
+
+    Raises ConfigError when the file is missing, is not YAML or is not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: expected sections such as 'train:', found none.")
+    sections = {section.name for section in dataclasses.fields(Config)}
+    flat = {}
+    for key, value in content.items():
+        if key in sections and isinstance(value, dict):
+            flat |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
+        else:
+            flat[str(key)] = value
+    return flat
+
+
+def dataset_name(dataset: str) -> str:
+    """The name presets go by: the last part of a path."""
+    return Path(dataset).name or dataset
+
+
+def build_config(
+    flags: dict[str, Any] | None = None,
+    overlay: dict[str, Any] | None = None,
+    model: str | None = None,
+) -> Config:
+    """The settings of one run: `overlay` from a YAML file, `flags` from the command line, both by
+    dotted key; `model` picks the presets where `run.model` names several.
+
+    Raises ConfigError on the first setting that cannot be.
+    """
+    flags, overlay = flags or {}, overlay or {}
+    asked = overlay | flags
+    mode = asked.get("run.mode", Run.mode)
+    name = dataset_name(str(asked.get("data.dataset", Data.dataset)))
+    by_data = MODEL_PRESETS.get(model or str(asked.get("run.model", Run.model)), {})
+    presets = DATASET_PRESETS.get(name, {}) | by_data.get("*", {}) | by_data.get(name, {})
+    config = Config()
+    for source, layer in (
+        ("config.py", presets | MODE_DEFAULTS.get(mode, {})),
+        ("--config", overlay),
+        ("command line", flags),
+    ):
+        for key, value in layer.items():
+            assign(config, key, value, source)
+    if model:
+        config.run.model = model
+    _check_together(config)
+    return config
+
+
+def _check_together(config: Config) -> None:
+    if config.mock.history_max < config.mock.history_min:
+        raise ConfigError("mock.history_max is smaller than mock.history_min.")
+    for model in ("sasrec", "bsarec", "rpg"):
+        own = getattr(config, model)
+        if own.width % own.heads:
+            raise ConfigError(f"{model}.width ({own.width}) is no multiple of {model}.heads.")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionary, ready for YAML and JSON."""
+    return dataclasses.asdict(config)
+
+
+def differences(config: Config) -> dict[str, Any]:
+    """Dotted keys whose value is not the dataclass default: what makes this run special."""
+    default, own = to_dict(Config()), to_dict(config)
+    return {
+        f"{section}.{leaf}": value
+        for section, leaves in own.items()
+        for leaf, value in leaves.items()
+        if value != default[section][leaf]
+    }

@@ -1,0 +1,140 @@
+"""Prepared data sets on disk: memory-mapped, keyed by a hash of raw bytes and options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from data_readers.tables import Catalogue, Dataset, Modality, Sequences
+from util import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it when a reader or the layout below changes what it stores
+_ABANDONED = 3600  # seconds after which a half-written cache is taken for a killed run's
+_warned: set[Path] = set()
+
+
+def fingerprint(files: Iterable[Path], options: dict) -> str:
+    """Hex hash of the files' names and bytes, the options and the cache format."""
+    digest = hashlib.blake2b(json.dumps([FORMAT, options], sort_keys=True).encode(), digest_size=16)
+    for path in sorted(files):
+        try:
+            digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                while chunk := file.read(2**22):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); check it.") from None
+    return digest.hexdigest()
+
+
+def prepared(
+    cache_dir: Path | None, name: str, key: str, build: Callable[[], Dataset]
+) -> Dataset:
+    """The data set `name` with fingerprint `key`: from the cache, else built and stored there.
+
+    cache_dir None means no cache. A cache that cannot be written only costs a warning.
+    """
+    if cache_dir is None:
+        return build()
+    target = cache_dir / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', name).strip('-.')}-{key[:12]}"
+    found = load(target, key)
+    if found is None:
+        dataset = build()
+        found = load(target, key) if store(target, dataset) else dataset
+        found = found or dataset
+    return found
+
+
+def store(target: Path, dataset: Dataset) -> bool:
+    """Write to a sibling, then rename: readers see all of it or nothing. False if not possible."""
+    partial = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        _sweep(target)
+        arrays = _arrays(dataset)
+        for stem, array in arrays.items():
+            np.save(partial / f"{stem}.npy", array, allow_pickle=False)
+        meta = {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "modalities": list(dataset.catalogue.modalities),
+            "arrays": {stem: [list(a.shape), a.dtype.str] for stem, a in arrays.items()},
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if target.exists():  # broken, or it would have been loaded: move it out of the way first
+            os.rename(target, target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}"))
+        os.rename(partial, target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if target.exists():
+            return True  # another process was faster
+        if target.parent not in _warned:
+            _warned.add(target.parent)
+            log.warning("%s: no cache is kept there (%s)", target.parent, error.strerror or error)
+        return False
+    return True
+
+
+def load(target: Path, key: str) -> Dataset | None:
+    """The stored data set, its arrays mapped read-only; None if absent, incomplete or broken."""
+    try:
+        meta = json.loads((target / "meta.json").read_text(encoding="utf-8"))
+        arrays = {stem: _open(target / f"{stem}.npy", *form) for stem, form in meta["arrays"].items()}
+        if meta["fingerprint"] != key:
+            return None
+        sequences = Sequences(*(arrays[field] for field in Sequences._fields))
+        if sequences.offsets[-1] != len(sequences.items):
+            return None
+        modalities = {
+            name: Modality(arrays[f"features-{name}"], arrays[f"present-{name}"])
+            for name in meta["modalities"]
+        }
+        text = (arrays[field] for field in ("item_ids", "titles", "categories"))
+        return Dataset(
+            name=meta["name"],
+            user_ids=arrays["user_ids"],
+            sequences=sequences,
+            catalogue=Catalogue(*text, modalities),
+            labels=arrays.get("labels"),
+            truth=None,
+            fingerprint=key,
+        )
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _open(path: Path, shape: list[int], dtype: str) -> np.ndarray:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if list(array.shape) != shape or array.dtype.str != dtype:
+        raise ValueError(f"{path} is not what meta.json says")
+    return np.asarray(array)
+
+
+def _arrays(dataset: Dataset) -> dict[str, np.ndarray]:
+    catalogue = dataset.catalogue
+    arrays = {"user_ids": dataset.user_ids, **dataset.sequences._asdict()}
+    arrays |= {field: getattr(catalogue, field) for field in ("item_ids", "titles", "categories")}
+    if dataset.labels is not None:
+        arrays["labels"] = dataset.labels
+    for name, modality in catalogue.modalities.items():
+        arrays |= {f"features-{name}": modality.features, f"present-{name}": modality.present}
+    return arrays
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed runs left half-written, and broken caches that were moved away."""
+    for path in target.parent.glob(f"{target.name}.tmp-*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED:
+            shutil.rmtree(path, ignore_errors=True)

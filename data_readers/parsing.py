@@ -1,0 +1,202 @@
+"""Delimited text in, typed columns out; every complaint names the file, the line and the remedy."""
+
+from __future__ import annotations
+
+import csv
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from util import UserError
+
+# What a column holds. Ids are categories: 25M of them cost a code each, not a Python string each.
+ID, TEXT, WHOLE, REAL = "category", "object", "int64", "float64"
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+_INT64_LIMIT = 2.0**63
+
+
+class Table(NamedTuple):
+    """A parsed file which still knows where each of its rows came from."""
+
+    path: Path
+    sep: str
+    frame: pd.DataFrame
+
+    def line(self, row: int) -> int:
+        """Line of the file on which data row `row` (from 0) starts; the header is line 1."""
+        # Rereading beats row + 2: blank lines are skipped, quoted fields may span lines.
+        return next(line for i, (line, _) in enumerate(_records(self.path, self.sep)) if i == row)
+
+    def fault(self, row: int, column: str, problem: str) -> UserError:
+        """The error to raise for one cell; `problem` says what is wrong and what to do."""
+        return _fault(self.path, self.line(row), column, problem)
+
+    def check(self, column: str, good: np.ndarray, problem: str) -> None:
+        """Raise UserError for the first row where `good` [rows] is False; `{}` shows its value."""
+        if not good.all():
+            row = int(np.argmin(good))
+            raise self.fault(row, column, problem.format(repr(self.frame[column].iloc[row])))
+
+
+def read_table(
+    path: Path, columns: dict[str, str], *, sep: str = ",", optional: tuple[str, ...] = ()
+) -> Table:
+    """Read the columns named in `columns` (name -> ID, TEXT, WHOLE or REAL).
+
+    WHOLE comes back as float64 where the file holds decimals. Columns of the file that are not
+    asked for are dropped, columns listed in `optional` may be absent. Raises UserError for a
+    missing or empty file, a missing column, lines of the wrong length, bytes that are not UTF-8,
+    empty ids and cells that are not finite numbers.
+    """
+    header = _header(path, sep)
+    missing = [name for name in columns if name not in header and name not in optional]
+    if missing:
+        raise UserError(
+            f"{path}, line 1: column {missing[0]!r} is missing; "
+            f"add it or rename one of those found: {', '.join(header)}."
+        )
+    frame = _parse(path, sep, header, {name: columns.get(name, ID) for name in header})
+    if not len(frame):
+        raise UserError(f"{path} has a header but no rows; add at least one row.")
+    table = Table(path, sep, frame[[name for name in columns if name in header]])
+    for name in table.frame:
+        if columns[name] == ID:
+            empty = table.frame[name].cat.categories.astype(object).str.strip() == ""
+            codes = table.frame[name].cat.codes.to_numpy()
+            table.check(name, ~np.isin(codes, np.flatnonzero(empty)), "is empty; fill it in")
+        elif columns[name] in (WHOLE, REAL):
+            values = table.frame[name].to_numpy()
+            table.check(name, np.isfinite(values), "{} is not finite; write a plain number")
+    return table
+
+
+def dataset_name(folder: Path, default: str) -> str:
+    """The `name:` line of dataset.yaml (read without a YAML parser: only this line matters)."""
+    path = folder / "dataset.yaml"
+    if not path.is_file():
+        return default
+    found = re.search(r"^name:[ \t]*(.*?)[ \t]*(?: #.*)?$", _text(path), re.MULTILINE)
+    return (found and found[1].strip("\"'")) or default
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise _encoding_fault(path) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check it.") from None
+
+
+def _header(path: Path, sep: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = [name.strip() for name in next(csv.reader(file, delimiter=sep), [])]
+    except UnicodeDecodeError:
+        raise _encoding_fault(path) from None
+    except (OSError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}); check path and permissions.") from None
+    if not any(header):
+        raise UserError(f"{path} is empty; its first line must name the columns.")
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}, line 1: column {twice[0]!r} appears twice; rename one of them.")
+    return header
+
+
+def _parse(path: Path, sep: str, header: list[str], kinds: dict[str, str]) -> pd.DataFrame:
+    """One pass of the C parser, two if a WHOLE column turns out to hold decimals."""
+    for whole in (WHOLE, REAL):
+        dtypes = {name: whole if kind == WHOLE else kind for name, kind in kinds.items()}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                # No usecols: with it pandas lets over-long lines pass, an unquoted comma say.
+                return pd.read_csv(
+                    path, sep=sep, names=header, header=0, index_col=False, dtype=dtypes,
+                    na_filter=False, encoding="utf-8",
+                )  # fmt: skip
+        except UnicodeDecodeError:
+            raise _encoding_fault(path) from None
+        except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
+            raise _length_fault(path, sep, len(header), error) from None
+        except (ValueError, OverflowError) as error:
+            reason = error
+    raise _number_fault(path, sep, header, kinds, reason)
+
+
+def _records(path: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
+    """(first line, fields) of each data row as the C parser counts them: blank lines skipped."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=sep)
+        start = 1
+        for record in reader:
+            if start > 1 and (len(record) > 1 or "".join(record).strip()):
+                yield start, record
+            start = reader.line_num + 1
+
+
+def _first(path: Path, sep: str, bad: Callable[[list[str]], bool]) -> tuple[int, list[str]] | None:
+    """The first record that is bad: a slow search, made only once parsing has failed."""
+    try:
+        return next(((line, rec) for line, rec in _records(path, sep) if bad(rec)), None)
+    except csv.Error:
+        return None
+
+
+def _fault(path: Path, line: int, column: str, problem: str) -> UserError:
+    return UserError(f"{path}, line {line}, column {column!r}: {problem}.")
+
+
+def _encoding_fault(path: Path) -> UserError:
+    with open(path, "rb") as file:
+        for line, raw in enumerate(file, 1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return UserError(
+                    f"{path}, line {line}: byte {error.start + 1} of the line "
+                    f"(0x{raw[error.start]:02x}) is not UTF-8; save the file as UTF-8."
+                )
+    return UserError(f"{path} is not UTF-8; save it as UTF-8.")
+
+
+def _length_fault(path: Path, sep: str, width: int, error: Exception) -> UserError:
+    found = _first(path, sep, lambda record: len(record) > width)
+    if found is None:
+        reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
+        return UserError(f"{path} cannot be parsed ({reason}); look for an unclosed quote.")
+    line, record = found
+    return UserError(
+        f"{path}, line {line}: {len(record)} fields where the header has {width}; "
+        f"put fields that contain {sep!r} in double quotes."
+    )
+
+
+def _number_fault(
+    path: Path, sep: str, header: list[str], kinds: dict[str, str], error: Exception
+) -> UserError:
+    """Name the first cell of a numeric column that is no number (or does not fit 64 bits)."""
+    numeric = [i for i, name in enumerate(header) if kinds[name] in (WHOLE, REAL)]
+
+    def broken(record: list[str]) -> list[int]:
+        cells = [(i, record[i] if i < len(record) else "") for i in numeric]
+        return [
+            i for i, cell in cells if not _NUMBER.fullmatch(cell) or abs(float(cell)) >= _INT64_LIMIT
+        ]
+
+    found = _first(path, sep, lambda record: bool(broken(record)))
+    if found is None:
+        return UserError(f"{path} cannot be parsed ({error}); check its numeric columns.")
+    line, record = found
+    column = broken(record)[0]
+    if column >= len(record) or not record[column].strip():
+        return _fault(path, line, header[column], "is empty; fill it in or remove the row")
+    return _fault(path, line, header[column], f"{record[column]!r} is not a number; mend the cell")

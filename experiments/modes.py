@@ -1,0 +1,174 @@
+"""The modes: each turns a request into a list of runs, and their results into a table."""
+
+from __future__ import annotations
+
+from logging import getLogger
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from config import Config, build_config, dataset_name, differences
+from experiments import report
+from experiments.runs import METRICS, MODELS, Task, load_task, model_class, run
+from experiments.training import Stopped, comparable
+from util import UserError, from_first, new_run_folder, rank, write_yaml
+
+logger = getLogger("pmat")
+REQUEST, UNFINISHED = "request.yaml", "unfinished"
+# Settings that do not change results: a resumed run may have others.
+MAY_CHANGE = {"run.device", "run.save_dir", "run.log_dir", "train.num_workers", "data.data_dir"}
+
+
+class Request(NamedTuple):
+    """What the user asked for: settings by dotted key, before presets fill in the rest."""
+
+    flags: dict[str, Any]  # from the command line
+    overlay: dict[str, Any]  # from --config
+    resume: str | None  # None: start afresh; "": newest unfinished run; else the run's folder
+
+    def config(self, model: str | None = None) -> Config:
+        """All settings, with the presets of `model`."""
+        return build_config(self.flags, self.overlay, model)
+
+    def asks_for(self, key: str) -> bool:
+        """Whether the user set this key."""
+        return key in self.flags or key in self.overlay
+
+
+def quick(request: Request) -> None:
+    """One model, few epochs, one table: does everything work?"""
+    config = request.config()
+    model_class(config.run.model)
+    _announce(config)
+    folder = open_folder(request, config)
+    results = run_all(request, [config.run.model], config, folder, isolate=False)
+    _finish(results, folder, config)
+
+
+def baseline(request: Request) -> None:
+    """Every registered model (or those in --model), `--seeds` runs each, compared."""
+    config = request.config()
+    names = config.run.model.split(",") if request.asks_for("run.model") else list(MODELS)
+    for name in names:
+        model_class(name)
+    _announce(config)
+    folder = open_folder(request, config)
+    results = run_all(request, names, config, folder, isolate=True)
+    _finish(results, folder, config)
+    if rank() == 0 and results:
+        report.write_baseline(results, folder, Path(config.run.save_dir), config.train.mask_seen)
+
+
+def run_all(
+    request: Request, names: list[str], config: Config, folder: Path, isolate: bool
+) -> list[Path]:
+    """Run every (model, seed) that is not finished yet; the folders of all that are.
+
+    With `isolate`, a model that fails is reported and the others go on.
+    """
+    task: Task | None = None
+    finished = []
+    for name in names:
+        for seed in range(config.run.seed, config.run.seed + config.run.seeds):
+            own = folder / f"{name}_seed{seed}"
+            if not from_first((own / METRICS).exists()):
+                settings = request.config(name)
+                settings.run.seed = seed
+                task = task or load_task(settings)
+                own.mkdir(exist_ok=True)
+                logger.info("\n%s, seed %d", name, seed)
+                try:
+                    run(settings, task, own)
+                except (Stopped, KeyboardInterrupt):
+                    raise
+                except UserError as error:
+                    if not isolate:
+                        raise
+                    logger.error("%s, seed %d failed: %s", name, seed, error)
+                    continue
+                except Exception:
+                    if not isolate:
+                        raise
+                    logger.exception("%s, seed %d failed", name, seed)
+                    continue
+            finished.append(own)
+    return finished
+
+
+def _finish(results: list[Path], folder: Path, config: Config) -> None:
+    if rank() == 0:
+        (folder / UNFINISHED).unlink(missing_ok=True)
+        if results:
+            print(report.text_table(results))
+        print(f"\nEverything is in {folder}")
+
+
+def _announce(config: Config) -> None:
+    changed = differences(config)
+    logger.info(
+        "Settings that differ from the defaults: %s",
+        ", ".join(f"{key}={value}" for key, value in changed.items()) or "none",
+    )
+
+
+# --------------------------------------------------------------------------- run folders
+
+
+def open_folder(request: Request, config: Config) -> Path:
+    """A new run folder, or the one to resume."""
+    found = from_first(_resumable(request, config) if rank() == 0 else None)
+    if found:
+        logger.info("Resuming %s", found)
+        return Path(found)
+    folder = None
+    if rank() == 0:
+        label = f"{config.run.mode}_{dataset_name(config.data.dataset)}"
+        folder = new_run_folder(config.run.save_dir, label)
+        write_yaml(folder / REQUEST, {"flags": request.flags, "overlay": request.overlay})
+        (folder / UNFINISHED).touch()
+    return Path(from_first(str(folder)))
+
+
+def _resumable(request: Request, config: Config) -> str | None:
+    if request.resume is None:
+        return None
+    if request.resume:
+        return request.resume  # checked when it was read
+    folders = [path.parent for path in Path(config.run.save_dir).glob(f"*/{UNFINISHED}")]
+    for folder in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True):
+        if _identity(read_request(folder).config()) == _identity(config):
+            return str(folder)
+    logger.info("No unfinished run with these settings in %s; starting afresh.", config.run.save_dir)
+    return None
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    run_settings = (config.run.mode, config.run.model, config.run.seeds)
+    return comparable(config) | {"asked": run_settings}
+
+
+def read_request(folder: Path) -> Request:
+    """What the run in `folder` was asked to do. Raises UserError when it is no run folder."""
+    try:
+        stored = yaml.safe_load((folder / REQUEST).read_text(encoding="utf-8"))
+        return Request(dict(stored["flags"]), dict(stored["overlay"]), str(folder))
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"--resume {folder}: that is no run folder (no readable {REQUEST}).") from None
+
+
+def resumed_request(folder: str, request: Request) -> Request:
+    """The stored request of `folder`; the flags given now must not contradict it.
+
+    Where and on what to run (device, log folder) may change. Raises UserError naming the key.
+    """
+    stored = read_request(Path(folder))
+    for key, value in (request.overlay | request.flags).items():
+        before = (stored.overlay | stored.flags).get(key)
+        if key not in MAY_CHANGE and before != value:
+            raise UserError(
+                f"--resume {folder}: that run has {key}={'unset' if before is None else before}, "
+                f"not {value}; leave the flag out or start a new run."
+            )
+    kept = {key: value for key, value in request.flags.items() if key in MAY_CHANGE}
+    return stored._replace(flags=stored.flags | kept)

@@ -1,0 +1,122 @@
+"""The only entry point: `python main.py --mode quick --model sasrec --dataset mock`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from config import MODES, ConfigError, closest
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of one line with the nearest known word, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}.")
+
+    def parse_strictly(self, arguments: list[str] | None) -> argparse.Namespace:
+        """Like `parse_args`, with a hint for a flag nobody knows."""
+        found, rest = self.parse_known_args(arguments)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            raise ConfigError(f"There is no flag '{rest[0]}'.{closest(rest[0], known)}")
+        return found
+
+
+# flag -> (dotted key, type, help); the defaults are those of config.py
+FLAGS: dict[str, tuple[str, type, str]] = {
+    "mode": ("run.mode", str, f"{', '.join(MODES)} (default quick)"),
+    "dataset": ("data.dataset", str, "mock, amazon, movielens, mmrec, or a folder (default mock)"),
+    "model": ("run.model", str, "one model; in mode baseline also several, with commas"),
+    "epochs": ("train.epochs", int, "passes over the train set (quick 2, else the model's preset)"),
+    "batch_size": ("train.batch_size", int, "examples per step (quick 64, else the preset)"),
+    "lr": ("train.lr", float, "learning rate (1e-4 where the model's preset names none)"),
+    "device": ("run.device", str, "auto, cpu or cuda (default auto)"),
+    "seed": ("run.seed", int, "random seed (default 42)"),
+    "seeds": ("run.seeds", int, "runs per model, with seeds seed, seed+1, ... (default 1)"),
+    "save_dir": ("run.save_dir", str, "folder of the results (default ./results)"),
+    "log_dir": ("run.log_dir", str, "folder of experiment.log (default ./logs)"),
+    "data_dir": ("data.data_dir", str, "folder of the data sets (default ./data)"),
+    "num_workers": ("train.num_workers", int, "batches prefetched by a thread (default 0)"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags; a flag that is not given leaves the presets alone."""
+    parser = _Parser(
+        description="PMAT-MCRL: personalised, dynamic, multimodal semantic IDs.",
+        allow_abbrev=False,
+    )
+    for flag, (_, kind, note) in FLAGS.items():
+        parser.add_argument(f"--{flag}", type=kind, help=note)
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision on CUDA")
+    parser.add_argument(
+        "--mask_seen", "--mask-seen", action=argparse.BooleanOptionalAction,
+        help="leave items of the history out of the ranking (default yes)",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings that overlay config.py")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN",
+        help="go on with RUN, or with the newest unfinished run of the same settings",
+    )  # fmt: skip
+    return parser
+
+
+def settings(found: argparse.Namespace) -> dict[str, Any]:
+    """Dotted key -> value of everything given on the command line."""
+    given = {}
+    for flag, (key, _, _) in FLAGS.items():
+        if getattr(found, flag) is not None:
+            given[key] = getattr(found, flag)
+    if found.amp is not None:
+        given["train.amp"] = "auto" if found.amp else "off"
+    if found.mask_seen is not None:
+        given["train.mask_seen"] = found.mask_seen
+    for text in found.set:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {text}: write it as key=value.")
+        given[key] = value
+    return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the flags ask for. 0 done, 2 a mistake the user can mend, 130 stopped by a signal."""
+    try:
+        found = parser().parse_strictly(arguments)
+        return _run(found)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(found: argparse.Namespace) -> int:
+    # torch takes a second or two to import: not needed for --help or a misspelt flag
+    from config import read_yaml
+    from experiments import find_mode
+    from experiments.modes import Request, resumed_request
+    from experiments.training import Stopped
+    from util import UserError, pick_device, process_group, start_logging
+
+    try:
+        overlay = read_yaml(found.config) if found.config else {}
+        request = Request(settings(found), overlay, found.resume)
+        if found.resume:
+            request = resumed_request(found.resume, request)
+        config = request.config()
+        with process_group(pick_device(config.run.device)):
+            start_logging(config.run.log_dir)
+            find_mode(config.run.mode)(request)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        print("\nStopped. Add --resume to the same command to go on.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Sequence encoders on right-padded histories.
+
+Histories are left-aligned, so causal attention alone keeps padding out: a padded position can only
+be seen by later ones, which are padding too. No padding mask is ever built.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Multi-head causal self-attention, [B, T, d] -> [B, T, d]."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.dropout = dropout
+        self.project_in = nn.Linear(width, 3 * width)
+        self.project_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each position attends to itself and those before it."""
+        B, T, d = x.shape
+        q, k, v = self.project_in(x).view(B, T, 3, self.heads, d // self.heads).unbind(2)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2),  # [B, heads, T, d/heads]
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+        )
+        return self.project_out(mixed.transpose(1, 2).reshape(B, T, d))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around GELU (`approximate="tanh"` is GPT-2's)."""
+
+    def __init__(self, width: int, inner: int, approximate: str = "none") -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, inner)
+        self.contract = nn.Linear(inner, width)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        return self.contract(F.gelu(self.expand(x), approximate=self.approximate))
+
+
+class PostNormBlock(nn.Module):
+    """BERT-style block (SASRec as re-implemented by S3-Rec and RecBole): LayerNorm after each sum."""
+
+    def __init__(
+        self, width: int, heads: int, inner: int, dropout: float, attention_dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, heads, attention_dropout)
+        self.attention_norm = nn.LayerNorm(width, eps=1e-12)
+        self.feed_forward = FeedForward(width, inner)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+        """[B, T, d] -> [B, T, d]; `present` is there for blocks that must see the padding."""
+        x = self.attention_norm(x + self.dropout(self.attention(x)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+
+class PreNormBlock(nn.Module):
+    """GPT-2 block: LayerNorm before each branch."""
+
+    def __init__(
+        self, width: int, heads: int, inner: int, dropout: float, attention_dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=1e-12)
+        self.attention = SelfAttention(width, heads, attention_dropout)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=1e-12)
+        self.feed_forward = FeedForward(width, inner, approximate="tanh")
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d] -> [B, T, d]."""
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Positions(nn.Module):
+    """Learned positions counted from either end of the window.
+
+    `from_end=True` gives the newest item of every history the last row, as left-padded models do;
+    otherwise the oldest item has row 0, as in GPT-2.
+    """
+
+    def __init__(self, max_history: int, width: int, from_end: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(max_history, width)
+        self.from_end = from_end
+
+    def forward(self, lengths: Tensor, n_positions: int) -> Tensor:
+        """lengths [B] -> [B, T, d] (or [1, T, d] where the length does not matter)."""
+        index = torch.arange(n_positions, device=lengths.device)[None]
+        if self.from_end:
+            index = (index + self.table.num_embeddings - lengths[:, None]).clamp(
+                0, self.table.num_embeddings - 1
+            )
+        return self.table(index)
+
+
+def init_weights(module: nn.Module, std: float = 0.02) -> None:
+    """Normal(0, std) for linear and embedding weights, zero biases: the habit of BERT and GPT-2."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            with torch.no_grad():
+                part.weight[part.padding_idx].zero_()
+
+
+def at_last(states: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T, d] -> [B, d], the state after each whole history; zeros for an empty one."""
+    rows = torch.arange(len(states), device=states.device)
+    last = states[rows, (lengths - 1).clamp(min=0)]
+    return last * (lengths > 0).to(last.dtype)[:, None]
+
+
+def low_pass_kernel(window: int, cutoff: int) -> Tensor:
+    """[window] circular kernel that keeps the lowest `cutoff // 2 + 1` frequencies of a real DFT.
+
+    Multiplying by its circulant matrix equals rfft -> zero the rest -> irfft (BSARec eq. 8).
+    """
+    kept = cutoff // 2 + 1
+    lag = torch.arange(window, dtype=torch.float64)
+    kernel = torch.full((window,), 1.0, dtype=torch.float64)
+    for frequency in range(1, kept):
+        # the Nyquist frequency of an even window has no mirror image, all others count twice
+        weight = 1.0 if 2 * frequency == window else 2.0
+        kernel += weight * torch.cos(2 * math.pi * frequency * lag / window)
+    return (kernel / window).float()

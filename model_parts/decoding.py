@@ -1,0 +1,154 @@
+"""Digits to items: the loss on digits, exact scores of a catalogue, and a walk on a graph of items.
+
+Parallel decoding (RPG, arXiv 2506.05781): one state predicts all m digits at once, so an item's
+score is the mean over digits of log p_j(c_j) and needs a table look-up, no beam search over tokens.
+Letters: B users, P positions, N items, m digits, K codes per digit, d width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits held at once by the loss: 4 MB on a CPU stay in cache; a GPU wants larger products.
+_CHUNK_NUMBERS = {"cpu": 1_000_000, "cuda": 64_000_000}
+# Rows of the item graph built at once.
+_GRAPH_ROWS = 512
+
+
+# --------------------------------------------------------------------------- loss
+
+
+class _FusedDigitCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, tokens: Tensor, codes: Tensor) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        loss, head_grad, token_grad = _chunked_loss(heads, tokens, codes, needs_gradient)
+        if needs_gradient:
+            ctx.save_for_backward(head_grad, token_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        head_grad, token_grad = ctx.saved_tensors
+        return head_grad * upstream, token_grad * upstream, None
+
+
+def digit_cross_entropy(heads: Tensor, tokens: Tensor, codes: Tensor) -> Tensor:
+    """Mean over positions and digits of -log softmax(heads_j tokens_j^T)[code_j].
+
+    heads [P, m, d], tokens [m, K, d], codes [P, m]. Gradients for heads and tokens are made chunk by
+    chunk while the logits are in cache: no [P, m, K] tensor outlives its chunk.
+    """
+    return _FusedDigitCrossEntropy.apply(heads, tokens, codes)
+
+
+def _chunked_loss(
+    heads: Tensor, tokens: Tensor, codes: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_positions, n_digits, _ = heads.shape
+    table = tokens.float()
+    rows = max(16, _CHUNK_NUMBERS.get(heads.device.type, 64_000_000) // (n_digits * table.shape[1]))
+    total = heads.new_zeros((), dtype=torch.float32)
+    head_grad = torch.empty_like(heads) if with_gradient else heads
+    token_grad = torch.zeros_like(table) if with_gradient else table
+    for start in range(0, n_positions, rows):
+        chunk = heads[start : start + rows].float().transpose(0, 1)  # [m, p, d]
+        wanted = codes[start : start + rows].T[:, :, None]  # [m, p, 1]
+        logits = torch.bmm(chunk, table.transpose(1, 2)).float()  # [m, p, K]
+        log_probabilities = torch.log_softmax(logits, dim=2)
+        total -= log_probabilities.gather(2, wanted).sum()
+        if with_gradient:
+            slope = log_probabilities.exp_()
+            slope.scatter_add_(2, wanted, slope.new_full(wanted.shape, -1.0))
+            head_grad[start : start + rows] = torch.bmm(slope, table).transpose(0, 1)
+            token_grad.baddbmm_(slope.transpose(1, 2), chunk)
+    scale = 1.0 / max(n_positions * n_digits, 1)
+    if with_gradient:
+        head_grad = head_grad.mul_(scale)
+        token_grad = token_grad.mul_(scale).to(tokens.dtype)
+    return total * scale, head_grad, token_grad
+
+
+# --------------------------------------------------------------------------- exact scores
+
+
+def score_all_items(table: Tensor, codes: Tensor) -> Tensor:
+    """Mean over digits of table[b, j, codes[i, j]]: table [B, m, K], codes [N, m] -> [B, N].
+
+    The users are laid out last, so that one look-up adds a whole row of B numbers.
+    """
+    n_users, n_digits, n_codes = table.shape
+    rows = table.reshape(n_users, n_digits * n_codes).T.contiguous()  # [m * K, B]
+    return F.embedding_bag(token_rows(codes, n_codes), rows, mode="sum").T / n_digits
+
+
+def token_rows(codes: Tensor, n_codes: int) -> Tensor:
+    """Rows of a flat [m * K, ...] table: code c of digit j is row c + K j. [N, m] -> [N, m]."""
+    return codes + n_codes * torch.arange(codes.shape[1], device=codes.device)
+
+
+# --------------------------------------------------------------------------- graph walk
+
+
+class Pool(NamedTuple):
+    """Candidates of a graph walk. A candidate met twice has score -inf the second time."""
+
+    items: Tensor  # [B, C] int64, 0..N-1
+    scores: Tensor  # [B, C]
+
+
+def similarity_graph(codes: Tensor, digit_tables: Tensor, n_edges: int) -> Tensor:
+    """The `n_edges` most similar items of every item, itself first: [N, min(n_edges, N)] int64.
+
+    codes [N, m]; digit_tables [m, K, K] similarity of any two codes of a digit. Similarity of two
+    items is the mean over digits (facts 1.6), i.e. the score of one item in the table of the other.
+    """
+    n_items, n_digits = codes.shape
+    digits = torch.arange(n_digits, device=codes.device)
+    neighbours = []
+    for rows in torch.arange(n_items, device=codes.device).split(_GRAPH_ROWS):
+        similarity = score_all_items(digit_tables[digits, codes[rows]], codes)  # [rows, N]
+        # an item with the very same codes must not take the place of the item itself
+        similarity.scatter_(1, rows[:, None], float("inf"))
+        neighbours.append(similarity.topk(min(n_edges, n_items), dim=1).indices)
+    return torch.cat(neighbours)
+
+
+def graph_walk(
+    table: Tensor,
+    codes: Tensor,
+    graph: Tensor,
+    beams: int,
+    steps: int,
+    generator: torch.Generator,
+) -> Pool:
+    """Climb the graph from random items: `steps` times replace the beam by its best neighbours.
+
+    table [B, m, K], codes [N, m], graph [N, E] -> the candidates of the last step, C = beams * E;
+    the best of them are the result. Every user starts from the same random items, so that a user's
+    list does not depend on the batch it is in. The cost does not depend on N.
+    """
+    n_users, n_items = len(table), len(codes)
+    by_digit = codes.T.contiguous()
+    beam = torch.randint(n_items, (beams,), generator=generator).to(codes.device)
+    beam = beam.expand(n_users, beams)
+    for _ in range(steps):
+        # sorted, so that repeats are neighbours
+        items = graph[beam].flatten(1).sort(dim=1).values  # [B, C]
+        scores = _score_some_items(table, by_digit, items)
+        scores[:, 1:].masked_fill_(items[:, 1:] == items[:, :-1], float("-inf"))
+        best = scores.topk(min(beams, items.shape[1]), dim=1).indices
+        beam = items.gather(1, best)
+    return Pool(items, scores)
+
+
+def _score_some_items(table: Tensor, by_digit: Tensor, items: Tensor) -> Tensor:
+    """table [B, m, K], by_digit [m, N], items [B, C] -> [B, C], digit by digit to bound memory."""
+    total = table.new_zeros(items.shape)
+    for digit, codes in enumerate(by_digit):
+        total += table[:, digit].gather(1, codes[items])
+    return total / len(by_digit)

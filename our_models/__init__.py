@@ -1,0 +1,5 @@
+"""Our models by name; each file is imported on use."""
+
+from __future__ import annotations
+
+MODELS: dict[str, str] = {}
