@@ -33,13 +33,15 @@ def choice(default: str, options: tuple[str, ...], note: str) -> Any:
 
 
 def setting(default: Any, note: str) -> Any:
-    """A dataclass field of free text, a switch or a list."""
-    factory = {"default_factory": lambda: default} if isinstance(default, list | dict) else {}
-    return field(**(factory or {"default": default}), metadata={"help": note})
+    """A dataclass field of free text, a switch or a mapping."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": note})
+    return field(default=default, metadata={"help": note})
 
 
 # --------------------------------------------------------------------------- run, data, training
 
+MOCK_DIMS = {"visual": 32, "text": 48, "audio": 16}
 MODES = ("quick", "baseline")
 MODELS = ("popularity", "sasrec", "bsarec", "rpg")
 
@@ -79,7 +81,7 @@ class Mock:
 
     n_users: int = number(600, 10, 10_000_000, "users")
     n_items: int = number(500, 20, 10_000_000, "items")
-    dims: dict = setting({"visual": 32, "text": 48, "audio": 16}, "feature width of each modality")
+    dims: dict = setting(MOCK_DIMS, "feature width of each modality")
     history_min: int = number(8, 3, 10_000, "shortest history")
     history_max: int = number(30, 3, 10_000, "longest history")
     drift_share: float = number(0.2, 0.0, 1.0, "share of users whose modality weights change")
@@ -147,9 +149,13 @@ class RPG:
     embedding_dropout: float = number(0.5, 0.0, 0.95, "on the input")
     attention_dropout: float = number(0.5, 0.0, 0.95, "on attention weights")
     temperature: float = number(0.03, 1e-4, 10.0, "tau of the digit softmax")
-    pca: int = number(0, 0, 8192, "whitened PCA width before OPQ; 0 = 512 or what the features allow")
+    pca: int = number(
+        0, 0, 8192, "whitened PCA width before OPQ; 0 = 512 or what the features allow"
+    )
     tokenizer: str = choice("opq", ("opq", "random"), "random codes are the control")
-    decoding: str = choice("exhaustive", ("exhaustive", "graph"), "score all items, or walk the graph")
+    decoding: str = choice(
+        "exhaustive", ("exhaustive", "graph"), "score all items, or walk the graph"
+    )
     beams: int = number(20, 1, 100_000, "b, items kept at each step of the graph walk")
     edges: int = number(200, 1, 100_000, "k, neighbours of an item in the graph")
     steps: int = number(3, 1, 1000, "q, steps of the graph walk")
@@ -157,7 +163,7 @@ class RPG:
 
 @dataclass
 class Config:
-    """All settings; `config.sasrec.width` and so on. `PMAT(config)`-style constructors take this."""
+    """All settings; `config.sasrec.width` and so on. Every model's constructor takes this."""
 
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)

@@ -50,13 +50,17 @@ def parser() -> argparse.ArgumentParser:
     )
     for flag, (_, kind, note) in FLAGS.items():
         parser.add_argument(f"--{flag}", type=kind, help=note)
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="mixed precision on CUDA")
+    parser.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, help="mixed precision on CUDA"
+    )
     parser.add_argument(
         "--mask_seen", "--mask-seen", action=argparse.BooleanOptionalAction,
         help="leave items of the history out of the ranking (default yes)",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="settings that overlay config.py")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="one setting")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="one setting"
+    )
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="RUN",
         help="go on with RUN, or with the newest unfinished run of the same settings",
@@ -83,7 +87,7 @@ def settings(found: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the flags ask for. 0 done, 2 a mistake the user can mend, 130 stopped by a signal."""
+    """Run what the flags ask for. 0 done, 2 the user's mistake, 130 stopped by a signal."""
     try:
         found = parser().parse_strictly(arguments)
         return _run(found)

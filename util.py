@@ -1,4 +1,4 @@
-"""Device, seeds, logging, run folders, checkpoints, processes: what every part needs of the machine."""
+"""Device, seeds, logging, run folders, checkpoints, processes: what all parts ask of a machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class UserError(Exception):
 def pick_device(wanted: str) -> torch.device:
     """`auto` takes a GPU when there is one. Raises UserError for `cuda` on a machine without."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu or leave it out.")
+        raise UserError(
+            "--device cuda: this PyTorch sees no GPU; use --device cpu or leave it out."
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,4 +1,4 @@
-"""BSARec: self-attention beside a frequency filter; the strongest independently reproduced baseline.
+"""BSARec: self-attention beside a frequency filter; the strongest baseline others reproduced.
 
 Paper: Shin et al., An Attentive Inductive Bias for Sequential Recommendation beyond the
 Self-Attention, AAAI 2024. Reproduced: per block

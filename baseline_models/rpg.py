@@ -98,7 +98,7 @@ class RPG(Recommender):
         self._forget_graph()
 
     def _quantise(self, features: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Features [N, d] -> codes [N, m]: whitened PCA, a width that m divides, OPQ (section 3.1)."""
+        """Features [N, d] -> codes [N, m]: whitened PCA, cut to a multiple of m, OPQ."""
         digits = self.own.digits
         white = whitened_pca(features, fit_rows, self.own.pca or _AUTOMATIC_WIDTH)
         width = white.shape[1] - white.shape[1] % digits
@@ -142,7 +142,7 @@ class RPG(Recommender):
     # ----------------------------------------------------------------- items
 
     def score(self, batch: Batch) -> Tensor:
-        """[B, N] mean log-probability of each item's digits; -inf where a graph walk did not come."""
+        """[B, N] mean log-probability of each item's digits; -inf where a graph walk was not."""
         heads = self.digit_states(at_last(self.encode(batch), batch.lengths))  # [B, m, d]
         tokens = self.digit_tokens() / self.own.temperature
         logits = torch.bmm(heads.transpose(0, 1), tokens.transpose(1, 2))  # [m, B, K]
@@ -158,7 +158,7 @@ class RPG(Recommender):
 
     @torch.no_grad()
     def graph(self) -> Tensor:
-        """[N, edges] neighbours of every item under the present weights, built when first needed."""
+        """[N, edges] neighbours of every item under the present weights, built when needed."""
         if self._graph is None:
             tokens = self.digit_tokens().float()
             cosines = torch.bmm(tokens, tokens.transpose(1, 2))  # [m, K, K]

@@ -49,10 +49,14 @@ def evaluate(
     hidden = None if rank() == 0 else True
     for rows in tqdm(mine, desc=note, leave=False, disable=hidden, mininterval=0.5):
         users = targets.users[rows]
-        batch = Batch(*map(torch.from_numpy, history_batch(history, users, config.data.max_history)))
+        batch = Batch(
+            *map(torch.from_numpy, history_batch(history, users, config.data.max_history))
+        )
         scores = model.score(batch.to(device)).float()
         if bool(torch.isnan(scores).any()):
-            raise UserError(f"Model {model.name} scored NaN; lower the learning rate and run again.")
+            raise UserError(
+                f"Model {model.name} scored NaN; lower the learning rate and run again."
+            )
         seen = torch.from_numpy(history_batch(history, users, 10**9).items).to(device)
         wanted = slots[rows]
         items = np.where(wanted >= 0, targets.items[wanted], 0).astype(np.int64)

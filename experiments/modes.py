@@ -139,7 +139,9 @@ def _resumable(request: Request, config: Config) -> str | None:
     for folder in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True):
         if _identity(read_request(folder).config()) == _identity(config):
             return str(folder)
-    logger.info("No unfinished run with these settings in %s; starting afresh.", config.run.save_dir)
+    logger.info(
+        "No unfinished run with these settings in %s; starting afresh.", config.run.save_dir
+    )
     return None
 
 
@@ -154,7 +156,9 @@ def read_request(folder: Path) -> Request:
         stored = yaml.safe_load((folder / REQUEST).read_text(encoding="utf-8"))
         return Request(dict(stored["flags"]), dict(stored["overlay"]), str(folder))
     except (OSError, yaml.YAMLError, KeyError, TypeError):
-        raise UserError(f"--resume {folder}: that is no run folder (no readable {REQUEST}).") from None
+        raise UserError(
+            f"--resume {folder}: that is no run folder (no readable {REQUEST})."
+        ) from None
 
 
 def resumed_request(folder: str, request: Request) -> Request:

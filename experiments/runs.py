@@ -169,7 +169,9 @@ def _id_quality(model: Recommender, task: Task) -> dict[str, float] | None:
     if codes is None:
         return None
     modalities = task.dataset.catalogue.modalities.values()
-    features = np.concatenate([part.features for part in modalities], axis=1) if modalities else None
+    features = (
+        np.concatenate([part.features for part in modalities], axis=1) if modalities else None
+    )
     if features is not None and not np.abs(features).sum(1).all():
         known = np.abs(features).sum(1) > 0  # cosine needs a vector
         features, codes = features[known], codes[torch.from_numpy(known).to(codes.device)]
@@ -190,9 +192,7 @@ def _speed(
     seconds = []
     users = task.split.test.users[:LATENCY_QUERIES]
     for user in np.concatenate([users[:3], users]):  # the first three warm up
-        batch = history_batch(
-            task.split.train_and_valid, np.array([user]), config.data.max_history
-        )
+        batch = history_batch(task.split.train_and_valid, np.array([user]), config.data.max_history)
         watch = Stopwatch()
         model.recommend(Batch(*map(torch.from_numpy, batch)).to(device), LIST_LENGTH).cpu()
         seconds.append(watch.seconds)

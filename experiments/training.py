@@ -1,4 +1,4 @@
-"""THE loop: the same for every model. It calls the contract of model_parts.base and nothing else."""
+"""THE loop, the same for every model: it calls the contract of model_parts.base, nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from config import Config
-from data_utils import Examples, Sequences, bucketed_order, prefetch, train_batch, train_examples
+from data_utils import Sequences, bucketed_order, prefetch, train_batch, train_examples
 from model_parts.base import Batch, Recommender
 from util import (
     StopRequest,
@@ -208,8 +208,8 @@ class Trainer:
         if progress.bad_steps >= MAX_BAD_STEPS:
             save_checkpoint(self.folder / "bad_batch.pt", batch._asdict())
             raise UserError(
-                f"The loss was not finite {MAX_BAD_STEPS} times in a row ({where}); the batch is in "
-                f"{self.folder / 'bad_batch.pt'}. Lower --lr or raise the temperature."
+                f"The loss was not finite {MAX_BAD_STEPS} times in a row ({where}); the batch is "
+                f"in {self.folder / 'bad_batch.pt'}. Lower --lr or raise the temperature."
             )
 
     def _learning_rate(self) -> float:
@@ -219,7 +219,11 @@ class Trainer:
             return train.lr * (step + 1) / train.warmup_steps
         total = max(self.steps_per_epoch * train.epochs - train.warmup_steps, 1)
         done = min((step - train.warmup_steps) / total, 1.0)
-        shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        shapes = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        }
         return train.lr * shapes[train.schedule]
 
     # ----------------------------------------------------------------- end of an epoch

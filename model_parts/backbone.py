@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
 
 
 class PostNormBlock(nn.Module):
-    """BERT-style block (SASRec as re-implemented by S3-Rec and RecBole): LayerNorm after each sum."""
+    """BERT-style block (SASRec as S3-Rec and RecBole write it): LayerNorm after each sum."""
 
     def __init__(
         self, width: int, heads: int, inner: int, dropout: float, attention_dropout: float

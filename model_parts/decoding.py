@@ -40,8 +40,8 @@ class _FusedDigitCrossEntropy(torch.autograd.Function):
 def digit_cross_entropy(heads: Tensor, tokens: Tensor, codes: Tensor) -> Tensor:
     """Mean over positions and digits of -log softmax(heads_j tokens_j^T)[code_j].
 
-    heads [P, m, d], tokens [m, K, d], codes [P, m]. Gradients for heads and tokens are made chunk by
-    chunk while the logits are in cache: no [P, m, K] tensor outlives its chunk.
+    heads [P, m, d], tokens [m, K, d], codes [P, m]. Both gradients are made chunk by chunk
+    while the logits are in cache: no [P, m, K] tensor outlives its chunk.
     """
     return _FusedDigitCrossEntropy.apply(heads, tokens, codes)
 

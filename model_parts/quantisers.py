@@ -32,10 +32,8 @@ class Quantised(NamedTuple):
 # --------------------------------------------------------------------------- k-means
 
 
-def kmeans(
-    points: Tensor, k: int, generator: torch.Generator, n_iterations: int = 20
-) -> Tensor:
-    """Centroids of points [P, d] -> [k, d], or of L independent sets at once, [L, P, s] -> [L, k, s].
+def kmeans(points: Tensor, k: int, generator: torch.Generator, n_iterations: int = 20) -> Tensor:
+    """Centroids of points [P, d] -> [k, d], or of L sets at once, [L, P, s] -> [L, k, s].
 
     Starts from k-means++ and runs Lloyd's algorithm. With fewer than k distinct points some
     centroids are equal. Raises ValueError without points.
@@ -107,7 +105,7 @@ def _means(points: Tensor, codes: Tensor, distance: Tensor, centroids: Tensor) -
 
 
 class ProductQuantiser(nn.Module):
-    """Optimised product quantisation (Ge et al., CVPR 2013): rotate, cut into L parts, k-means each.
+    """Optimised product quantisation (Ge et al., CVPR 2013): rotate, cut in L parts, k-means each.
 
     min over R, C of sum ||(x - mean) R - q||^2 with R orthogonal and q made of one centroid a part.
     """
