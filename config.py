@@ -33,9 +33,7 @@ def choice(default: str, options: tuple[str, ...], note: str) -> Any:
 
 
 def setting(default: Any, note: str) -> Any:
-    """A dataclass field of free text, a switch or a mapping."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": note})
+    """A dataclass field of free text or a switch."""
     return field(default=default, metadata={"help": note})
 
 
@@ -43,7 +41,6 @@ def setting(default: Any, note: str) -> Any:
 
 MOCK_DIMS = {"visual": 32, "text": 48, "audio": 16}
 MODES = ("quick", "baseline")
-MODELS = ("popularity", "sasrec", "bsarec", "rpg")
 
 
 @dataclass
@@ -81,7 +78,9 @@ class Mock:
 
     n_users: int = number(600, 10, 10_000_000, "users")
     n_items: int = number(500, 20, 10_000_000, "items")
-    dims: dict = setting(MOCK_DIMS, "feature width of each modality")
+    dims: dict = field(
+        default_factory=lambda: dict(MOCK_DIMS), metadata={"help": "feature width of each modality"}
+    )
     history_min: int = number(8, 3, 10_000, "shortest history")
     history_max: int = number(30, 3, 10_000, "longest history")
     drift_share: float = number(0.2, 0.0, 1.0, "share of users whose modality weights change")

@@ -87,7 +87,7 @@ def settings(found: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the flags ask for. 0 done, 2 the user's mistake, 130 stopped by a signal."""
+    """Run what the flags ask for. 0 done, 1 a model failed, 2 the user's mistake, 130 stopped."""
     try:
         found = parser().parse_strictly(arguments)
         return _run(found)
@@ -112,8 +112,8 @@ def _run(found: argparse.Namespace) -> int:
         config = request.config()
         with process_group(pick_device(config.run.device)):
             start_logging(config.run.log_dir)
-            find_mode(config.run.mode)(request)
-        return 0
+            failed = find_mode(config.run.mode)(request)
+        return 1 if failed else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

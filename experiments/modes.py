@@ -36,72 +36,78 @@ class Request(NamedTuple):
         return key in self.flags or key in self.overlay
 
 
-def quick(request: Request) -> None:
-    """One model, few epochs, one table: does everything work?"""
+def quick(request: Request) -> int:
+    """One model, few epochs, one table: does everything work? Returns the number of failed runs."""
     config = request.config()
-    model_class(config.run.model)
-    _announce(config)
-    folder = open_folder(request, config)
-    results = run_all(request, [config.run.model], config, folder, isolate=False)
-    _finish(results, folder, config)
+    return _run_and_report(request, [config.run.model], config, isolate=False)
 
 
-def baseline(request: Request) -> None:
-    """Every registered model (or those in --model), `--seeds` runs each, compared."""
-    config = request.config()
-    names = config.run.model.split(",") if request.asks_for("run.model") else list(MODELS)
-    for name in names:
-        model_class(name)
-    _announce(config)
-    folder = open_folder(request, config)
-    results = run_all(request, names, config, folder, isolate=True)
-    _finish(results, folder, config)
-    if rank() == 0 and results:
-        report.write_baseline(results, folder, Path(config.run.save_dir), config.train.mask_seen)
+def baseline(request: Request) -> int:
+    """Every registered model (or those in --model), `--seeds` runs each, compared.
 
-
-def run_all(
-    request: Request, names: list[str], config: Config, folder: Path, isolate: bool
-) -> list[Path]:
-    """Run every (model, seed) that is not finished yet; the folders of all that are.
-
-    With `isolate`, a model that fails is reported and the others go on.
+    Returns the number of failed runs; a model that fails is reported and the others go on.
     """
-    task: Task | None = None
-    finished = []
+    config = request.config()
+    asked = request.asks_for("run.model")
+    names = config.run.model.split(",") if asked else list(MODELS)
+    return _run_and_report(request, names, config, isolate=True)
+
+
+def _run_and_report(request: Request, names: list[str], config: Config, isolate: bool) -> int:
     for name in names:
-        for seed in range(config.run.seed, config.run.seed + config.run.seeds):
-            own = folder / f"{name}_seed{seed}"
-            if not from_first((own / METRICS).exists()):
-                settings = request.config(name)
-                settings.run.seed = seed
-                task = task or load_task(settings)
-                own.mkdir(exist_ok=True)
-                logger.info("\n%s, seed %d", name, seed)
-                try:
-                    run(settings, task, own)
-                except (Stopped, KeyboardInterrupt):
-                    raise
-                except UserError as error:
-                    if not isolate:
-                        raise
-                    logger.error("%s, seed %d failed: %s", name, seed, error)
-                    continue
-                except Exception:
-                    if not isolate:
-                        raise
-                    logger.exception("%s, seed %d failed", name, seed)
-                    continue
-            finished.append(own)
-    return finished
-
-
-def _finish(results: list[Path], folder: Path, config: Config) -> None:
+        model_class(name)  # a misspelt name ends here, before anything is read or written
+    _announce(config)
+    task = load_task(config)
+    folder = open_folder(request, config)
+    places = _run_folders(folder, names, config)
+    failed = [
+        place
+        for place, (name, seed) in places.items()
+        if not _run_once(request.config(name), seed, task, place, isolate)
+    ]
     if rank() == 0:
-        (folder / UNFINISHED).unlink(missing_ok=True)
-        if results:
-            print(report.text_table(results))
-        print(f"\nEverything is in {folder}")
+        _report([place for place in places if place not in failed], folder, config)
+        if not failed:
+            (folder / UNFINISHED).unlink(missing_ok=True)
+    return len(failed)
+
+
+def _run_folders(folder: Path, names: list[str], config: Config) -> dict[Path, tuple[str, int]]:
+    """Where each (model, seed) goes: a single run goes into the run folder itself."""
+    seeds = range(config.run.seed, config.run.seed + config.run.seeds)
+    runs = [(name, seed) for name in names for seed in seeds]
+    if len(runs) == 1:
+        return {folder: runs[0]}
+    return {folder / f"{name}_seed{seed}": (name, seed) for name, seed in runs}
+
+
+def _run_once(config: Config, seed: int, task: Task, folder: Path, isolate: bool) -> bool:
+    """Whether the run of this folder is finished now; with `isolate`, failures are only logged."""
+    if from_first((folder / METRICS).exists()):
+        return True
+    config.run.seed = seed
+    folder.mkdir(exist_ok=True)
+    logger.info("\n%s, seed %d", config.run.model, seed)
+    try:
+        run(config, task, folder)
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if not isolate:
+            raise
+        traceback = None if isinstance(error, UserError) else error
+        logger.error("%s failed: %s", config.run.model, error, exc_info=traceback)
+        return False
+    return True
+
+
+def _report(finished: list[Path], folder: Path, config: Config) -> None:
+    if finished:
+        print(report.text_table(finished))
+        if config.run.mode == "baseline":
+            latest, mask_seen = Path(config.run.save_dir), config.train.mask_seen
+            report.write_baseline(finished, folder, latest, mask_seen)
+    print(f"\nEverything is in {folder}")
 
 
 def _announce(config: Config) -> None:

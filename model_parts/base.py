@@ -70,7 +70,7 @@ class Recommender(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def score(self, batch: Batch) -> Tensor:
-        """[B, N] scores of all items given the histories, higher is better; column j is item j+1."""
+        """[B, N] scores of all items for each history, higher is better; column j is item j+1."""
         raise NotImplementedError(f"{type(self).__name__} has no score")
 
     @torch.no_grad()
