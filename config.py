@@ -191,7 +191,7 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
 # By model; under "*" for every data set, else by the data set's name.
 MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sasrec": {
-        "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
+        "*": {"train.lr": 1e-3, "train.batch_size": 128, "train.epochs": 150},
         "mock": {"train.batch_size": 64, "train.epochs": 30, "sasrec.dropout": 0.2},
     },
     "bsarec": {
