@@ -12,10 +12,10 @@ import torch
 
 import baseline_models
 import our_models
-from config import Config, ConfigError, closest, to_dict
+from config import Config, ConfigError, build_config, closest, read_yaml, to_dict
 from data_utils import Dataset, Split, history_batch, load_dataset, split_dataset
 from experiments.evaluation import Evaluation, evaluate
-from experiments.training import LATEST, Trainer
+from experiments.training import BEST, LATEST, Trainer
 from metrics import Ranks, cold_recall, coverage, id_quality, latency_summary, ranking_metrics
 from model_parts.base import Batch, Recommender, TrainingData
 from util import (
@@ -24,6 +24,7 @@ from util import (
     atomic_path,
     environment,
     from_first,
+    load_checkpoint,
     peak_memory_mb,
     pick_device,
     rank,
@@ -119,6 +120,14 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
         write_json(folder / METRICS, result)
         (folder / LATEST).unlink(missing_ok=True)
     return result
+
+
+def load_model(folder: Path, catalogue: Any) -> tuple[Recommender, Config]:
+    """The trained model of a run folder and its settings. Raises UserError without weights."""
+    config = build_config(overlay=read_yaml(str(folder / CONFIG)))
+    model = model_class(config.run.model)(config, catalogue)
+    model.load_state_dict(load_checkpoint(folder / BEST)["model"])
+    return model.eval(), config
 
 
 def _prepare(model: Recommender, task: Task, config: Config) -> None:

@@ -109,7 +109,8 @@ class Trainer:
         stays infinite or NaN.
         """
         if not self.parameters or self.config.train.epochs == 0:
-            return  # nothing to learn (popularity)
+            self._keep_weights()  # nothing to learn (popularity)
+            return
         with StopRequest() as stop:
             for epoch in range(self.progress.epoch, self.config.train.epochs):
                 if self._out_of_patience():
@@ -249,10 +250,13 @@ class Trainer:
         if value > progress.best:
             progress.best, progress.best_epoch = value, epoch + 1
             progress.evaluations_without_gain = 0
-            if rank() == 0:
-                save_checkpoint(self.folder / BEST, {"model": self.model.state_dict()})
+            self._keep_weights()
         else:
             progress.evaluations_without_gain += 1
+
+    def _keep_weights(self) -> None:
+        if rank() == 0:
+            save_checkpoint(self.folder / BEST, {"model": self.model.state_dict()})
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
