@@ -149,7 +149,7 @@ class RPG:
     attention_dropout: float = number(0.5, 0.0, 0.95, "on attention weights")
     temperature: float = number(0.03, 1e-4, 10.0, "tau of the digit softmax")
     pca: int = number(
-        0, 0, 8192, "whitened PCA width before OPQ; 0 = 512 or what the features allow"
+        0, 0, 8192, "whitened PCA width before OPQ; 0: 512 of wide features, else 128"
     )
     tokenizer: str = choice("opq", ("opq", "random"), "random codes are the control")
     decoding: str = choice(
@@ -158,6 +158,30 @@ class RPG:
     beams: int = number(20, 1, 100_000, "b, items kept at each step of the graph walk")
     edges: int = number(200, 1, 100_000, "k, neighbours of an item in the graph")
     steps: int = number(3, 1, 1000, "q, steps of the graph walk")
+
+
+@dataclass
+class PMAT:
+    """our_models/pmat.py"""
+
+    shared_digits: int = number(16, 1, 1024, "codes of an ID that are the same for everybody")
+    personal_digits: int = number(16, 1, 1024, "codes that depend on user and item")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    latent: int = number(64, 4, 4096, "width of each modality before the blend")
+    grid: int = number(4, 1, 64, "steps of a modality weight: weights are multiples of 1 / grid")
+    personalised: str = choice(
+        "user_item", ("user_item", "user", "item", "none"), "what modality weights depend on"
+    )
+    context: int = number(64, 4, 4096, "width of the user context that weights come from")
+    attention: int = number(32, 4, 4096, "width of the modality attention")
+    residual: bool = setting(False, "add a dense item vector to the sum of codes (beta > 0)")
+    width: int = number(64, 4, 8192, "code vectors and hidden width")
+    layers: int = number(2, 1, 64, "blocks")
+    heads: int = number(1, 1, 64, "attention heads")
+    dropout: float = number(0.5, 0.0, 0.95, "everywhere")
+    filter: float = number(0.7, 0.0, 1.0, "weight of the frequency filter against attention")
+    cutoff: int = number(5, 1, 1000, "low frequencies of the filter: cutoff // 2 + 1 pass")
+    negatives: int = number(2048, 1, 10_000_000, "items sampled for the softmax of a step")
 
 
 @dataclass
@@ -171,10 +195,15 @@ class Config:
     sasrec: SASRec = field(default_factory=SASRec)
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
+    pmat: PMAT = field(default_factory=PMAT)
 
     def n_items(self, catalogue: Any = None) -> int:
         """Items of `catalogue`, or of the mock data set when a model is built without one."""
         return self.mock.n_items if catalogue is None else len(catalogue.item_ids)
+
+    def n_modalities(self, catalogue: Any = None) -> int:
+        """Modalities of `catalogue`, or of the mock data set; at least 1."""
+        return max(len(self.mock.dims if catalogue is None else catalogue.modalities), 1)
 
 
 # --------------------------------------------------------------------------- presets

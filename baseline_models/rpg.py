@@ -37,7 +37,6 @@ from model_parts.decoding import (
 )
 from model_parts.quantisers import ProductQuantiser, whitened_pca
 
-_AUTOMATIC_WIDTH = 512  # of the whitened features, as in the paper
 _WALK_SEED = 2024
 
 
@@ -92,7 +91,7 @@ class RPG(Recommender):
         if self.own.tokenizer == "opq":
             features, present = item_features(data.catalogue)
             in_train = torch.zeros(data.n_items, dtype=torch.bool)
-            in_train[torch.as_tensor(data.train.items).long() - 1] = True
+            in_train[torch.tensor(data.train.items, dtype=torch.long) - 1] = True
             codes[present] = self._quantise(features, in_train & present, generator)[present]
         self.codes.copy_(codes)
         self._forget_graph()
@@ -100,7 +99,7 @@ class RPG(Recommender):
     def _quantise(self, features: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
         """Features [N, d] -> codes [N, m]: whitened PCA, cut to a multiple of m, OPQ."""
         digits = self.own.digits
-        white = whitened_pca(features, fit_rows, self.own.pca or _AUTOMATIC_WIDTH)
+        white = whitened_pca(features, fit_rows, self.own.pca or _pca_width(features.shape[1]))
         width = white.shape[1] - white.shape[1] % digits
         # too few components for m digits: zeros fill up, and the quantiser mixes the directions
         white = white[:, :width] if width else F.pad(white, (0, digits - white.shape[1]))
@@ -178,6 +177,11 @@ class RPG(Recommender):
         return super().describe() | {"unique_ids": int((counts == 1).sum()) / len(self.codes)}
 
 
+def _pca_width(width: int) -> int:
+    """The paper's choice: 512 of 3072-d OpenAI embeddings, 128 of 768-d sentence-T5."""
+    return 512 if width > 1024 else 128
+
+
 def item_features(catalogue: Any) -> tuple[Tensor, Tensor]:
     """Features [N, d] and which items have them [N]: text, or without text all modalities in a row.
 
@@ -190,6 +194,6 @@ def item_features(catalogue: Any) -> tuple[Tensor, Tensor]:
             "RPG needs item features to build semantic IDs and this data set has none: add a "
             "feature file such as text.npy, or use random codes with --set rpg.tokenizer=random."
         )
-    features = torch.cat([torch.as_tensor(part[0]).float() for part in chosen], dim=1)
-    present = torch.stack([torch.as_tensor(part[1]).bool() for part in chosen]).any(0)
+    features = torch.cat([torch.tensor(part[0], dtype=torch.float32) for part in chosen], dim=1)
+    present = torch.stack([torch.tensor(part[1], dtype=torch.bool) for part in chosen]).any(0)
     return features, present

@@ -58,7 +58,9 @@ def read(
 
 def _mock(settings: Any, options: Options) -> Dataset:
     if options.min_rating > 0 or options.k_core > 0:
-        raise UserError("mock data has no ratings and no rare items; set min_rating and k_core to 0.")
+        raise UserError(
+            "mock data has no ratings and no rare items; set min_rating and k_core to 0."
+        )
     if dataclasses.is_dataclass(settings):
         settings = dataclasses.asdict(settings)
     dataset = make_mock(**{"seed": options.seed, **settings})

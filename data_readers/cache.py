@@ -39,9 +39,7 @@ def fingerprint(files: Iterable[Path], options: dict) -> str:
     return digest.hexdigest()
 
 
-def prepared(
-    cache_dir: Path | None, name: str, key: str, build: Callable[[], Dataset]
-) -> Dataset:
+def prepared(cache_dir: Path | None, name: str, key: str, build: Callable[[], Dataset]) -> Dataset:
     """The data set `name` with fingerprint `key`: from the cache, else built and stored there.
 
     cache_dir None means no cache. A cache that cannot be written only costs a warning.
@@ -91,7 +89,9 @@ def load(target: Path, key: str) -> Dataset | None:
     """The stored data set, its arrays mapped read-only; None if absent, incomplete or broken."""
     try:
         meta = json.loads((target / "meta.json").read_text(encoding="utf-8"))
-        arrays = {stem: _open(target / f"{stem}.npy", *form) for stem, form in meta["arrays"].items()}
+        arrays = {
+            stem: _open(target / f"{stem}.npy", *form) for stem, form in meta["arrays"].items()
+        }
         if meta["fingerprint"] != key:
             return None
         sequences = Sequences(*(arrays[field] for field in Sequences._fields))

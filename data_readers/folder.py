@@ -13,7 +13,7 @@ import pandas as pd
 
 from data_readers import cache
 from data_readers.features import find_features, load_modality
-from data_readers.interactions import Interactions, Options, arrange
+from data_readers.interactions import DEFAULTS, Interactions, Options, arrange
 from data_readers.parsing import ID, REAL, TEXT, WHOLE, Table, dataset_name, read_table
 from data_readers.tables import Catalogue, Dataset
 from util import UserError
@@ -30,14 +30,14 @@ class ItemRows(NamedTuple):
 
 
 def read_folder(
-    path: str | Path, options: Options = Options(), cache_dir: Path | None = None
+    path: str | Path, options: Options = DEFAULTS, cache_dir: Path | None = None
 ) -> Dataset:
     """Read a data folder, through the cache where `cache_dir` is given. Raises UserError."""
     path = Path(path)
     features = find_features(path) if options.features == "auto" else {}
     if features and not (path / "items.csv").is_file():
         raise UserError(
-            f"{path} has {next(iter(features.values())).name} but no items.csv, so its rows have no "
+            f"{path} has {next(iter(features.values())).name} but no items.csv: its rows have no "
             "names; add items.csv with one row per feature row, or set features to none."
         )
     optional = [path / "items.csv", path / "dataset.yaml"]
@@ -48,9 +48,7 @@ def read_folder(
     return cache.prepared(cache_dir, name, key, build)
 
 
-def _build(
-    path: Path, name: str, features: dict[str, Path], options: Options, key: str
-) -> Dataset:
+def _build(path: Path, name: str, features: dict[str, Path], options: Options, key: str) -> Dataset:
     columns = {"user_id": ID, "item_id": ID, "timestamp": WHOLE, "rating": REAL}
     table = read_table(path / "interactions.csv", columns, optional=("timestamp", "rating"))
     user_codes, user_ids = _by_appearance(table.frame["user_id"])
@@ -61,8 +59,14 @@ def _build(
     else:
         item_codes = _look_up(table, items.ids)
 
-    columns = {name: table.frame[name].to_numpy() for name in ("timestamp", "rating") if name in table.frame}
-    raw = Interactions(user_codes, item_codes, columns.get("timestamp"), columns.get("rating"), None)
+    columns = {
+        name: table.frame[name].to_numpy()
+        for name in ("timestamp", "rating")
+        if name in table.frame
+    }
+    raw = Interactions(
+        user_codes, item_codes, columns.get("timestamp"), columns.get("rating"), None
+    )
     arranged = arrange(raw, len(items.ids), options, table)
     modalities = {
         modality: load_modality(file, arranged.items, len(items.ids), wanted="items.csv")

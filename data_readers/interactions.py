@@ -44,6 +44,9 @@ class Options:
         return chosen
 
 
+DEFAULTS = Options()
+
+
 class Interactions(NamedTuple):
     """Rows in file order. Codes of users count up in order of first appearance."""
 

@@ -12,14 +12,16 @@ import pandas as pd
 
 from data_readers import cache
 from data_readers.features import find_features, load_modality, open_features
-from data_readers.interactions import Interactions, Options, arrange
+from data_readers.interactions import DEFAULTS, Interactions, Options, arrange
 from data_readers.parsing import ID, REAL, WHOLE, Table, dataset_name, read_table
 from data_readers.tables import TEST, TRAIN, VALID, Catalogue, Dataset
 from util import UserError
 
 SUFFIX = "_feat.npy"
 RENAMED = {"image": "visual"}
-MOST_ITEMS = 10_000_000  # without features an id beyond this is taken for a raw id, not a row number
+MOST_ITEMS = (
+    10_000_000  # without features an id beyond this is taken for a raw id, not a row number
+)
 
 
 def inter_file(folder: Path) -> Path | None:
@@ -36,7 +38,7 @@ def inter_file(folder: Path) -> Path | None:
 
 
 def read_mmrec(
-    path: str | Path, options: Options = Options(), cache_dir: Path | None = None
+    path: str | Path, options: Options = DEFAULTS, cache_dir: Path | None = None
 ) -> Dataset:
     """Read an MMRec folder, through the cache where `cache_dir` is given. Raises UserError."""
     path = Path(path)

@@ -1,8 +1,8 @@
 """The embedded data set: a generator with planted modality weights, tastes and drift.
 
 The model behind the data. Item i has, in each modality m on its own, a random topic and a unit
-latent v_im near that topic's centre; features are a random linear map of v_im plus noise. User u has
-weights α*_u on the simplex and a taste t_um in each modality. The next item is drawn from
+latent v_im near that topic's centre; features are a random linear map of v_im plus noise. User u
+has weights α*_u on the simplex and a taste t_um in each modality. The next item is drawn from
 
     softmax_i( sharpness · Σ_m α*_um <(1 - PULL) t_um + PULL · recent_um, v_im>  +  popularity_i )
 
@@ -75,7 +75,9 @@ def make_mock(
     dims = dict(dims or {"visual": 32, "text": 48, "audio": 16})
     _check(n_users, n_items, dims, history_min, history_max, drift_share, missing_share)
     # One stream each, so that more users leave the items as they were.
-    for_items, for_users, for_walk = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(3))
+    for_items, for_users, for_walk = map(
+        np.random.default_rng, np.random.SeedSequence(seed).spawn(3)
+    )
     items = _make_items(for_items, n_items, len(dims), n_topics)
     longest = min(history_max, n_items // 2)
     lengths = for_users.integers(history_min, longest + 1, n_users)

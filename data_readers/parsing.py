@@ -67,7 +67,7 @@ def read_table(
     table = Table(path, sep, frame[[name for name in columns if name in header]])
     for name in table.frame:
         if columns[name] == ID:
-            empty = table.frame[name].cat.categories.astype(object).str.strip() == ""
+            empty = table.frame[name].cat.categories.str.strip() == ""
             codes = table.frame[name].cat.codes.to_numpy()
             table.check(name, ~np.isin(codes, np.flatnonzero(empty)), "is empty; fill it in")
         elif columns[name] in (WHOLE, REAL):
@@ -114,15 +114,19 @@ def _header(path: Path, sep: str) -> list[str]:
 def _parse(path: Path, sep: str, header: list[str], kinds: dict[str, str]) -> pd.DataFrame:
     """One pass of the C parser, two if a WHOLE column turns out to hold decimals."""
     for whole in (WHOLE, REAL):
-        dtypes = {name: whole if kind == WHOLE else kind for name, kind in kinds.items()}
+        # Ids are read as text first: asked for categories, pandas makes numbers of "007".
+        as_read = {WHOLE: whole, ID: TEXT}
+        dtypes = {name: as_read.get(kind, kind) for name, kind in kinds.items()}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 # No usecols: with it pandas lets over-long lines pass, an unquoted comma say.
-                return pd.read_csv(
+                frame = pd.read_csv(
                     path, sep=sep, names=header, header=0, index_col=False, dtype=dtypes,
                     na_filter=False, encoding="utf-8",
                 )  # fmt: skip
+                ids = {name: "category" for name, kind in kinds.items() if kind == ID}
+                return frame.astype(ids)
         except UnicodeDecodeError:
             raise _encoding_fault(path) from None
         except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
@@ -189,7 +193,9 @@ def _number_fault(
     def broken(record: list[str]) -> list[int]:
         cells = [(i, record[i] if i < len(record) else "") for i in numeric]
         return [
-            i for i, cell in cells if not _NUMBER.fullmatch(cell) or abs(float(cell)) >= _INT64_LIMIT
+            i
+            for i, cell in cells
+            if not _NUMBER.fullmatch(cell) or abs(float(cell)) >= _INT64_LIMIT
         ]
 
     found = _first(path, sep, lambda record: bool(broken(record)))

@@ -91,6 +91,49 @@ class PreNormBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
+class FrequencyFilter(nn.Module):
+    """Low frequencies as they are, high ones rescaled per dimension by beta^2 (BSARec, eq. 8)."""
+
+    def __init__(self, window: int, cutoff: int, width: int) -> None:
+        super().__init__()
+        lag = (torch.arange(window)[:, None] - torch.arange(window)[None]) % window
+        self.register_buffer("low", low_pass_kernel(window, cutoff)[lag], persistent=False)
+        self.beta = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, d], zero at padding -> [B, T, d]; only relative distance matters."""
+        T = x.shape[1]
+        low = self.low[:T, :T] @ x
+        return low + self.beta.square() * (x - low)
+
+
+class FrequencyBlock(nn.Module):
+    """BSARec block (AAAI 2024): filter and attention side by side, then the feed-forward layer.
+
+    The filter is not causal: train on prefixes with a loss at their last position only.
+    """
+
+    def __init__(
+        self, window: int, cutoff: int, alpha: float, width: int, heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.filter = FrequencyFilter(window, cutoff, width)
+        self.filter_norm = nn.LayerNorm(width, eps=1e-12)
+        self.attention = SelfAttention(width, heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, eps=1e-12)
+        self.feed_forward = FeedForward(width, 4 * width)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+        """x [B, T, d]; present [B, T, 1] is 0 at padding, which the filter must not see."""
+        filtered = self.filter_norm(x + self.dropout(self.filter(x * present)))
+        attended = self.attention_norm(x + self.dropout(self.attention(x)))
+        x = self.alpha * filtered + (1 - self.alpha) * attended
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+
 class Positions(nn.Module):
     """Learned positions counted from either end of the window.
 

@@ -178,6 +178,65 @@ class ProductQuantiser(nn.Module):
         return rotated.view(len(rotated), digits, part).transpose(0, 1).contiguous()
 
 
+class BlendQuantiser(nn.Module):
+    """Product quantiser of blended vectors x(alpha) = sum_m alpha_m z_m, by table look-up.
+
+    Codewords have unit length, so the nearest one is
+        digit_l = argmax_k <x_l, c_lk> = argmax_k sum_m alpha_m T_ml[i, k],  T_ml = <z_im^l, c_lk>,
+    a blend of tables that do not depend on the user. It looks at the direction of x only: an even
+    blend, which is shorter than its parts, is not drawn to other codewords for that.
+    """
+
+    codebooks: Tensor  # [L, K, s], unit rows
+
+    def __init__(self, width: int, digits: int, codes: int) -> None:
+        super().__init__()
+        if width % digits:
+            raise ValueError(f"width {width} cannot be cut into {digits} equal parts")
+        self.register_buffer("codebooks", torch.zeros(digits, codes, width // digits))
+
+    @torch.no_grad()
+    def fit(
+        self, blends: Tensor, generator: torch.Generator, n_iterations: int = 20
+    ) -> BlendQuantiser:
+        """Spherical k-means of every sub-vector of blends [P, d]."""
+        codes = self.codebooks.shape[1]
+        limit = _POINTS_PER_CODE * codes
+        if len(blends) > limit:
+            blends = blends[torch.randperm(len(blends), generator=generator)[:limit]]
+        parts = F.normalize(self._cut(blends), dim=2)
+        books = F.normalize(spread_points(parts, codes, generator), dim=2)
+        for _ in range(n_iterations):
+            books = F.normalize(lloyd(parts, books, 1), dim=2)
+        self.codebooks.copy_(books)
+        return self
+
+    def tables(self, latents: Tensor) -> Tensor:
+        """T for latents [n, M, d]: [M, L, n, K]."""
+        n, M, _ = latents.shape
+        parts = self._cut(latents.reshape(n * M, -1))  # [L, n * M, s]
+        products = torch.bmm(parts, self.codebooks.transpose(1, 2))  # [L, n * M, K]
+        return products.view(len(parts), n, M, -1).permute(2, 0, 1, 3)
+
+    def codes(self, tables: Tensor, weights: Tensor) -> Tensor:
+        """tables [M, L, n, K], weights [n, M] -> codes [n, L] int64, exact."""
+        blended = torch.einsum("mlnk,nm->lnk", tables, weights)
+        return blended.argmax(2).T
+
+    @torch.no_grad()
+    def atlas(self, latents: Tensor, grid: Tensor, block: int = 1024) -> Tensor:
+        """Codes of every item under every blend of grid [G, M]: [G, N, L] int64."""
+        parts = []
+        for chunk in latents.split(block):
+            tables = self.tables(chunk)
+            parts.append(torch.stack([self.codes(tables, w.expand(len(chunk), -1)) for w in grid]))
+        return torch.cat(parts, dim=1)
+
+    def _cut(self, vectors: Tensor) -> Tensor:
+        digits, _, part = self.codebooks.shape
+        return vectors.view(len(vectors), digits, part).transpose(0, 1).contiguous()
+
+
 def _look_up(codebooks: Tensor, codes: Tensor) -> Tensor:
     """Codebooks [L, K, s] and codes [N, L] -> [N, L * s]."""
     return codebooks[torch.arange(len(codebooks), device=codes.device), codes].flatten(1)

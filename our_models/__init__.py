@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-MODELS: dict[str, str] = {}
+MODELS = {
+    "pmat": "our_models.pmat:PMAT",
+}

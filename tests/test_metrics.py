@@ -519,7 +519,7 @@ def test_significance_refuses_what_it_cannot_pair():
     good = np.ones(3)
     for bad in (np.ones(4), np.array([1, 2, np.nan]), np.ones((3, 1)), np.ones(0)):
         for use in (metrics.paired_bootstrap, metrics.effect_size):
-            with pytest.raises(ValueError, match="users|finite"):
+            with pytest.raises(ValueError, match=r"users|finite"):
                 use(good, bad)
     for options in ({"confidence": 1.0}, {"confidence": 0.0}, {"n_resamples": 0}):
         with pytest.raises(ValueError, match="interval"):
