@@ -67,7 +67,7 @@ class ModalityAttention(nn.Module):
 
     def _queries(self, context: Tensor) -> Tensor:
         assert self.query is not None
-        return self.query(context).view(len(context), self.modalities, -1) * self.scale
+        return self.query(context).unflatten(1, (self.modalities, -1)) * self.scale
 
     def _weights(self, logits: Tensor, context: Tensor, latents: Tensor, present: Tensor) -> Tensor:
         if self.of_user is not None:
