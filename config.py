@@ -8,6 +8,7 @@ presets, so that a smoke test stays one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -279,7 +280,8 @@ def _checked(leaf: dataclasses.Field, current: Any, value: Any, key: str, source
     elif kind in (int, float) and not isinstance(value, bool):
         value = _to_number(value, kind)
     elif kind is dict and isinstance(value, str):
-        value = yaml.safe_load(value)
+        with contextlib.suppress(yaml.YAMLError):  # what is no mapping is refused below
+            value = yaml.safe_load(value)
     if not isinstance(value, kind):
         raise ConfigError(f"{source}: {key} wants {_kind_name(kind)}, not {value!r}.")
     limits = leaf.metadata
@@ -298,7 +300,7 @@ def _checked(leaf: dataclasses.Field, current: Any, value: Any, key: str, source
 def _to_number(value: Any, kind: type) -> Any:
     try:
         converted = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value
     if not math.isfinite(converted) or (kind is int and converted != int(converted)):
         return value
@@ -320,7 +322,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}.") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"--config {path}{where} is not YAML: {problem}.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected sections such as 'train:', found none.")
     sections = {section.name for section in dataclasses.fields(Config)}
@@ -350,13 +355,14 @@ def build_config(
     """
     flags, overlay = flags or {}, overlay or {}
     asked = overlay | flags
-    mode = asked.get("run.mode", Run.mode)
+    mode = str(asked.get("run.mode", Run.mode))
+    by_mode = MODE_DEFAULTS.get(mode, {})
     name = dataset_name(str(asked.get("data.dataset", Data.dataset)))
     by_data = MODEL_PRESETS.get(model or str(asked.get("run.model", Run.model)), {})
     presets = DATASET_PRESETS.get(name, {}) | by_data.get("*", {}) | by_data.get(name, {})
     config = Config()
     for source, layer in (
-        ("config.py", presets | MODE_DEFAULTS.get(mode, {})),
+        ("config.py", presets | by_mode if mode == "quick" else by_mode | presets),
         ("--config", overlay),
         ("command line", flags),
     ):
@@ -371,10 +377,15 @@ def build_config(
 def _check_together(config: Config) -> None:
     if config.mock.history_max < config.mock.history_min:
         raise ConfigError("mock.history_max is smaller than mock.history_min.")
-    for model in ("sasrec", "bsarec", "rpg"):
-        own = getattr(config, model)
-        if own.width % own.heads:
-            raise ConfigError(f"{model}.width ({own.width}) is no multiple of {model}.heads.")
+    for name, width in config.mock.dims.items():
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ConfigError(f"mock.dims: {name} wants a width of 1 or more, not {width!r}.")
+    for section in dataclasses.fields(config):
+        own = getattr(config, section.name)
+        if hasattr(own, "heads") and own.width % own.heads:
+            raise ConfigError(
+                f"{section.name}.width ({own.width}) is no multiple of {section.name}.heads."
+            )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -206,8 +206,8 @@ def history_batch(history: Sequences, users: np.ndarray, max_history: int) -> Nu
     position = np.arange(max(lengths.max(initial=0), 1))
     real = position < lengths[:, None]
     starts = history.offsets[users + 1] - lengths
-    where = np.where(real, starts[:, None] + position, 0)
-    items = np.where(real, history.items[where], 0).astype(np.int64)
+    items = np.zeros(real.shape, dtype=np.int64)
+    items[real] = history.items[(starts[:, None] + position)[real]]
     return NumpyBatch(users, items, lengths, np.zeros_like(items))
 
 
@@ -225,21 +225,24 @@ def prefetch(batches: Iterator, ahead: int) -> Iterator:
     ready: queue.Queue = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
 
+    def put(entry: tuple) -> None:
+        while not stopped.is_set():  # a reader that left must not hold the thread
+            try:
+                ready.put(entry, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
     def fill() -> None:
-        outcome: BaseException | None = None
+        outcome: BaseException = StopIteration()
         try:
             for batch in batches:
-                while not stopped.is_set():
-                    try:
-                        ready.put((batch, None), timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
+                put((batch, None))
                 if stopped.is_set():
                     return
         except BaseException as error:  # handed to the reader, who raises it
             outcome = error
-        ready.put((None, outcome or StopIteration()))
+        put((None, outcome))
 
     threading.Thread(target=fill, daemon=True).start()
     try:

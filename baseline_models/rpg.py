@@ -30,6 +30,7 @@ from model_parts.backbone import Positions, PreNormBlock, at_last, init_weights
 from model_parts.base import Batch, Recommender, TrainingData
 from model_parts.decoding import (
     digit_cross_entropy,
+    digit_heads,
     graph_walk,
     score_all_items,
     similarity_graph,
@@ -70,7 +71,7 @@ class RPG(Recommender):
         self.heads = nn.Linear(own.width, own.digits * own.width)  # W_1..W_m in one product
         self.register_buffer("codes", torch.zeros(n_items, own.digits, dtype=torch.int64))
         self._graph: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda *_: self._forget_graph())
+        self.register_load_state_dict_post_hook(lambda model, _: model._forget_graph())
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -120,29 +121,27 @@ class RPG(Recommender):
             x = block(x)
         return self.norm(x)
 
-    def digit_states(self, states: Tensor) -> Tensor:
-        """States [P, d] -> unit vectors g_j(s) = s + SiLU(W_j s + b_j), [P, m, d]."""
-        heads = F.silu(self.heads(states)).view(-1, self.own.digits, self.own.width)
-        return F.normalize(states[:, None] + heads, dim=2)
-
     def digit_tokens(self) -> Tensor:
         """The token table as unit vectors of each digit, [m, K, d]."""
         rows = self.tokens.weight[1:-1].view(self.own.digits, self.own.codes, self.own.width)
-        return F.normalize(rows, dim=2)
+        return F.normalize(rows.float(), dim=2)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of the next item's digits, mean over positions and digits (eq. 3)."""
         self._forget_graph()
         wanted = batch.targets > 0
-        heads = self.digit_states(self.encode(batch)[wanted])  # [P, m, d]
+        states = self.encode(batch)[wanted]  # [P, d]
         tokens = self.digit_tokens() / self.own.temperature
-        return {"digits": digit_cross_entropy(heads, tokens, self.codes[batch.targets[wanted] - 1])}
+        codes = self.codes[batch.targets[wanted] - 1]
+        head = self.heads
+        return {"digits": digit_cross_entropy(states, head.weight, head.bias, tokens, codes)}
 
     # ----------------------------------------------------------------- items
 
     def score(self, batch: Batch) -> Tensor:
         """[B, N] mean log-probability of each item's digits; -inf where a graph walk was not."""
-        heads = self.digit_states(at_last(self.encode(batch), batch.lengths))  # [B, m, d]
+        last = at_last(self.encode(batch), batch.lengths)
+        heads = digit_heads(last, self.heads.weight, self.heads.bias)  # [B, m, d]
         tokens = self.digit_tokens() / self.own.temperature
         logits = torch.bmm(heads.transpose(0, 1), tokens.transpose(1, 2))  # [m, B, K]
         table = torch.log_softmax(logits.float(), dim=2).transpose(0, 1)  # [B, m, K]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from config import Config, build_config, dataset_name, differences
+from config import Config, ConfigError, build_config, dataset_name, differences
 from experiments import report
 from experiments.runs import METRICS, MODELS, Task, load_task, model_class, run
 from experiments.training import Stopped, comparable
@@ -143,8 +144,9 @@ def _resumable(request: Request, config: Config) -> str | None:
         return request.resume  # checked when it was read
     folders = [path.parent for path in Path(config.run.save_dir).glob(f"*/{UNFINISHED}")]
     for folder in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True):
-        if _identity(read_request(folder).config()) == _identity(config):
-            return str(folder)
+        with contextlib.suppress(UserError, ConfigError):  # a run of another version is not ours
+            if _identity(read_request(folder).config()) == _identity(config):
+                return str(folder)
     logger.info(
         "No unfinished run with these settings in %s; starting afresh.", config.run.save_dir
     )

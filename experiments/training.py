@@ -26,6 +26,7 @@ from util import (
     UserError,
     atomic_path,
     autocast_type,
+    from_first,
     load_checkpoint,
     random_state,
     rank,
@@ -111,12 +112,17 @@ class Trainer:
         if not self.parameters or self.config.train.epochs == 0:
             self._keep_weights()  # nothing to learn (popularity)
             return
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"{self.model.name} has nothing to learn from: no user has two train interactions."
+            )
         with StopRequest() as stop:
             for epoch in range(self.progress.epoch, self.config.train.epochs):
                 if self._out_of_patience():
                     break
                 self._run_epoch(epoch, stop)
-        if (self.folder / BEST).exists():
+        # The others wait here until the first process has written the last weights.
+        if from_first((self.folder / BEST).exists()):
             self.model.load_state_dict(load_checkpoint(self.folder / BEST, self.device)["model"])
 
     def _run_epoch(self, epoch: int, stop: StopRequest) -> None:
@@ -177,8 +183,12 @@ class Trainer:
             return
         self._sum_gradients()
         self.scaler.unscale_(self.optimiser)
-        if self.config.train.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.clip)
+        # also without clipping: a gradient that is not finite would spoil all weights at once
+        limit = self.config.train.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if not self.scaler.is_enabled() and not bool(norm.isfinite()):
+            self._skip(batch)
+            return
         self.scaler.step(self.optimiser)
         self.scaler.update()
         progress.bad_steps = 0
@@ -205,7 +215,10 @@ class Trainer:
         progress.bad_steps += 1
         progress.lr_scale *= 0.5
         where = f"epoch {progress.epoch + 1}, step {progress.step + 1}"
-        logger.warning("%s: the loss is not finite; step skipped, learning rate halved.", where)
+        logger.warning(
+            "%s: the loss or its gradient is not finite; step skipped, learning rate halved.",
+            where,
+        )
         if progress.bad_steps >= MAX_BAD_STEPS:
             save_checkpoint(self.folder / "bad_batch.pt", batch._asdict())
             raise UserError(

@@ -19,58 +19,91 @@ _CHUNK_NUMBERS = {"cpu": 1_000_000, "cuda": 64_000_000}
 _GRAPH_ROWS = 512
 
 
-# --------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------- digit heads
+
+
+def digit_heads(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Unit vectors of g_j(s) = s + SiLU(W_j s + b_j), one for each digit.
+
+    states [P, d], weight [m * d, d] and bias [m * d] of all heads in one -> [P, m, d].
+    """
+    return _head_parts(states, weight, bias)[0]
+
+
+def _head_parts(states: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # unit heads [P, m, d], their norms before [P, m, 1], what goes into SiLU [P, m * d]
+    inner = F.linear(states, weight, bias).float()
+    heads = F.silu(inner).view(len(states), -1, states.shape[1]) + states[:, None]
+    norms = torch.linalg.vector_norm(heads, dim=2, keepdim=True).clamp(min=1e-12)
+    return heads / norms, norms, inner
 
 
 class _FusedDigitCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, tokens: Tensor, codes: Tensor) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        loss, head_grad, token_grad = _chunked_loss(heads, tokens, codes, needs_gradient)
-        if needs_gradient:
-            ctx.save_for_backward(head_grad, token_grad)
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, codes: Tensor
+    ) -> Tensor:
+        with_gradient = any(ctx.needs_input_grad)
+        loss, gradients = _chunked_loss(states, weight, bias, tokens, codes, with_gradient)
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        head_grad, token_grad = ctx.saved_tensors
-        return head_grad * upstream, token_grad * upstream, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return *(gradient * upstream for gradient in ctx.saved_tensors), None
 
 
-def digit_cross_entropy(heads: Tensor, tokens: Tensor, codes: Tensor) -> Tensor:
-    """Mean over positions and digits of -log softmax(heads_j tokens_j^T)[code_j].
+def digit_cross_entropy(
+    states: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor, codes: Tensor
+) -> Tensor:
+    """Mean over positions and digits of -log softmax(<g_j, tokens_j>)[code_j], g of `digit_heads`.
 
-    heads [P, m, d], tokens [m, K, d], codes [P, m]. Both gradients are made chunk by chunk
-    while the logits are in cache: no [P, m, K] tensor outlives its chunk.
+    states [P, d], weight [m * d, d], bias [m * d], codes [P, m], tokens [m, K, d]: unit vectors over
+    the temperature. The plain form reads and writes [P, m, d] and [P, m, K] a dozen times; here each
+    chunk of positions goes forward and backward at once while it is in cache, and only gradients of
+    the four inputs survive.
     """
-    return _FusedDigitCrossEntropy.apply(heads, tokens, codes)
+    return _FusedDigitCrossEntropy.apply(states, weight, bias, tokens, codes)
 
 
 def _chunked_loss(
-    heads: Tensor, tokens: Tensor, codes: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    n_positions, n_digits, _ = heads.shape
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tensor,
+    codes: Tensor,
+    with_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    inputs = (states, weight, bias, tokens)
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in inputs] if with_gradient else []
     table = tokens.float()
-    rows = max(16, _CHUNK_NUMBERS.get(heads.device.type, 64_000_000) // (n_digits * table.shape[1]))
-    total = heads.new_zeros((), dtype=torch.float32)
-    head_grad = torch.empty_like(heads) if with_gradient else heads
-    token_grad = torch.zeros_like(table) if with_gradient else table
-    for start in range(0, n_positions, rows):
-        chunk = heads[start : start + rows].float().transpose(0, 1)  # [m, p, d]
-        wanted = codes[start : start + rows].T[:, :, None]  # [m, p, 1]
-        logits = torch.bmm(chunk, table.transpose(1, 2)).float()  # [m, p, K]
+    n_digits, n_codes, _ = table.shape
+    rows = max(16, _CHUNK_NUMBERS.get(states.device.type, 64_000_000) // (n_digits * n_codes))
+    total = states.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(states), rows):
+        part = slice(start, start + rows)
+        chunk, wanted = states[part].float(), codes[part].T[:, :, None]  # [p, d], [m, p, 1]
+        heads, norms, inner = _head_parts(chunk, weight, bias)
+        by_digit = heads.transpose(0, 1)  # [m, p, d]
+        logits = torch.bmm(by_digit, table.transpose(1, 2)).float()  # [m, p, K]
         log_probabilities = torch.log_softmax(logits, dim=2)
         total -= log_probabilities.gather(2, wanted).sum()
-        if with_gradient:
-            slope = log_probabilities.exp_()
-            slope.scatter_add_(2, wanted, slope.new_full(wanted.shape, -1.0))
-            head_grad[start : start + rows] = torch.bmm(slope, table).transpose(0, 1)
-            token_grad.baddbmm_(slope.transpose(1, 2), chunk)
-    scale = 1.0 / max(n_positions * n_digits, 1)
-    if with_gradient:
-        head_grad = head_grad.mul_(scale)
-        token_grad = token_grad.mul_(scale).to(tokens.dtype)
-    return total * scale, head_grad, token_grad
+        if not with_gradient:
+            continue
+        slope = log_probabilities.exp_()  # softmax - one-hot, the gradient of the logits
+        slope.scatter_add_(2, wanted, slope.new_full(wanted.shape, -1.0))
+        sums[3].baddbmm_(slope.transpose(1, 2), by_digit)
+        pull = torch.bmm(slope, table).float().transpose(0, 1)  # [p, m, d], for the unit heads
+        # through u = g / |g|: drop what points along u
+        pull = (pull - heads * (heads * pull).sum(2, keepdim=True)) / norms
+        inner_pull = torch.ops.aten.silu_backward(pull.reshape(len(chunk), -1), inner)
+        sums[0][part] = pull.sum(1) + inner_pull @ weight
+        sums[1].addmm_(inner_pull.T, chunk)
+        sums[2] += inner_pull.sum(0)
+    scale = 1.0 / max(codes.numel(), 1)
+    # without gradients there are no sums, hence no strict pairing
+    pairs = zip(sums, inputs, strict=False)
+    return total * scale, tuple(found.mul_(scale).to(given.dtype) for found, given in pairs)
 
 
 # --------------------------------------------------------------------------- exact scores

@@ -41,7 +41,9 @@ def kmeans(points: Tensor, k: int, generator: torch.Generator, n_iterations: int
     sets = points if points.dim() == 3 else points[None]
     if sets.shape[1] == 0:
         raise ValueError("k-means needs at least one point")
-    centroids = lloyd(sets, spread_points(sets, k, generator), n_iterations)
+    origin = sets.mean(1, keepdim=True)  # far from zero, distances would be rounding noise
+    sets = sets - origin
+    centroids = lloyd(sets, spread_points(sets, k, generator), n_iterations) + origin
     return centroids if points.dim() == 3 else centroids[0]
 
 
@@ -284,7 +286,8 @@ def whitened_pca(features: Tensor, fit_rows: Tensor, width: int) -> Tensor:
     fitted = features[fit_rows]
     if len(fitted) < 2:
         raise ValueError("whitening needs at least two items with features")
-    mean = fitted.mean(0)
+    # from the first row, so that rows all alike leave exactly zero and no rounding noise
+    mean = fitted[0] + (fitted - fitted[0]).mean(0)
     fitted = fitted - mean
     variances, axes = torch.linalg.eigh((fitted.T @ fitted).double() / (len(fitted) - 1))
     variances, axes = variances.flip(0), axes.flip(1)  # largest first

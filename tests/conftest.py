@@ -1,82 +1,133 @@
-"""Small data sets and settings shared by the tests."""
+"""Tiny data and settings that all tests share.
+
+Everything runs on one thread: sums then come out in the same order, and equal means equal.
+"""
 
 from __future__ import annotations
 
-import csv
+import dataclasses
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from config import Config, build_config
-from experiments.runs import Task, load_task
-from model_parts.base import Batch, TrainingData
+from config import keys as all_keys
+from data_utils import load_dataset, split_dataset
+from experiments.runs import Task
 
-torch.set_num_threads(1)  # tiny tensors: threads cost more than they give
+torch.set_num_threads(1)
 
-SMALL = {
+# Histories (6 to 12) are shorter than the window, so that a test can add padding behind them.
+DATA = {
     "mock.n_users": 60,
     "mock.n_items": 50,
+    "mock.dims": {"visual": 6, "text": 8},
     "mock.history_min": 6,
     "mock.history_max": 12,
+    "data.max_history": 16,
+    "run.device": "cpu",
     "train.batch_size": 32,
     "train.epochs": 2,
-    "data.max_history": 10,
-    "rpg.digits": 4,
-    "rpg.codes": 8,
-    "rpg.width": 32,
-    "rpg.inner": 32,
-    "rpg.heads": 2,
-    "rpg.pca": 16,
-    "pmat.shared_digits": 4,
-    "pmat.personal_digits": 4,
-    "pmat.codes": 8,
-    "pmat.latent": 8,
-    "pmat.width": 32,
-    "sasrec.width": 32,
-    "sasrec.inner": 32,
-    "bsarec.width": 32,
+    "train.lr": 0.01,
+}
+# By the name of a setting in any model's section: a new model gets small by using these names.
+SIZES = {
+    "width": 16, "inner": 32, "layers": 1, "heads": 2, "digits": 4, "shared_digits": 4,
+    "personal_digits": 4, "codes": 16, "latent": 8, "context": 16, "attention": 8, "grid": 2,
+}  # fmt: skip
+SHARED_SECTIONS = ("run", "data", "mock", "train")
+
+
+def small(**more: Any) -> dict[str, Any]:
+    """Dotted keys of a tiny run; `more` by leaf name for all models (`dropout=0.0`)."""
+    sizes = SIZES | more
+    own = {
+        key: sizes[key.split(".")[1]]
+        for key in all_keys(Config())
+        if key.split(".")[0] not in SHARED_SECTIONS and key.split(".")[1] in sizes
+    }
+    return DATA | own
+
+
+NO_DROPOUT = {
+    leaf.name: 0.0
+    for section in dataclasses.fields(Config)
+    for leaf in dataclasses.fields(section.default_factory)
+    if "dropout" in leaf.name
 }
 
 
-def small_config(model: str, **settings: object) -> Config:
-    """Settings of a model that trains in a blink; dots of keys are written as two underscores."""
-    changed = {key.replace("__", "."): value for key, value in settings.items()}
-    return build_config({**SMALL, "run.device": "cpu", **changed}, model=model)
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Config]:
+    """`tiny("sasrec", {"train.epochs": 1}, dropout=False)` -> a tiny configuration."""
+
+    def make(
+        model: str = "sasrec", settings: dict[str, Any] | None = None, dropout: bool = True
+    ) -> Config:
+        base = small(**({} if dropout else NO_DROPOUT))
+        return build_config(base | (settings or {}) | {"run.model": model}, model=model)
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def task() -> Task:
-    """The small mock data set, read and split."""
-    return load_task(small_config("popularity"))
+def task(tiny) -> Task:
+    """The tiny mock data set, split."""
+    dataset = load_dataset(tiny())
+    return Task(dataset, split_dataset(dataset))
 
 
 @pytest.fixture(scope="session")
-def training_data(task: Task) -> TrainingData:
-    """What a model may see of it."""
-    train, catalogue = task.split.train, task.dataset.catalogue
-    return TrainingData(train, catalogue, train.n_users, catalogue.n_items)
+def small_flags() -> list[str]:
+    """The tiny settings as `--set` flags, for tests that go through main.py."""
+    return [
+        part for key, value in small().items() if key != "train.epochs"
+        for part in ("--set", f"{key}={value}")
+    ]  # fmt: skip
 
 
-@pytest.fixture
-def batch() -> Batch:
-    """Three users with histories of 4, 2 and 5 items and a target after every position."""
-    items = torch.tensor([[3, 7, 9, 2, 0], [11, 4, 0, 0, 0], [5, 6, 8, 10, 12]])
-    targets = torch.tensor([[7, 9, 2, 14, 0], [4, 20, 0, 0, 0], [6, 8, 10, 12, 1]])
-    return Batch(torch.tensor([0, 1, 2]), items, torch.tensor([4, 2, 5]), targets)
+@pytest.fixture(scope="session")
+def write_folder() -> Callable[..., Path]:
+    """`write_folder(path, {"u1": ["a", "b"]}, text=features)` -> a folder data set."""
+
+    def write(
+        path: Path,
+        histories: dict[str, list[str]],
+        items: list[str] | None = None,
+        **features: np.ndarray,
+    ) -> Path:
+        path.mkdir(parents=True, exist_ok=True)
+        rows = [
+            f"{user},{item},{time}"
+            for user, history in histories.items()
+            for time, item in enumerate(history)
+        ]
+        (path / "interactions.csv").write_text(
+            "user_id,item_id,timestamp\n" + "\n".join(rows) + "\n", encoding="utf-8"
+        )
+        items = items or sorted({item for history in histories.values() for item in history})
+        (path / "items.csv").write_text(
+            "item_id,title\n" + "".join(f"{item},title of {item}\n" for item in items),
+            encoding="utf-8",
+        )
+        for name, matrix in features.items():
+            np.save(path / f"{name}.npy", matrix)
+        return path
+
+    return write
 
 
-def write_folder(
-    path: Path, rows: list[tuple], items: list[str], features: dict[str, np.ndarray] | None = None
-) -> Path:
-    """A data set in the folder layout; rows are (user, item, timestamp[, rating])."""
-    path.mkdir(parents=True, exist_ok=True)
-    header = ["user_id", "item_id", "timestamp", "rating"][: len(rows[0])]
-    with open(path / "interactions.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-    with open(path / "items.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["item_id", "title"], *((i, f"title {i}") for i in items)])
-    for name, array in (features or {}).items():
-        np.save(path / f"{name}.npy", array)
-    return path
+@pytest.fixture(autouse=True)
+def _quiet_logger():
+    """main.py points the logger at the screen of one test; take that away from the next one."""
+    yield
+    logger = logging.getLogger("pmat")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
