@@ -282,7 +282,7 @@ def _checked(leaf: dataclasses.Field, current: Any, value: Any, key: str, source
     elif kind is dict and isinstance(value, str):
         with contextlib.suppress(yaml.YAMLError):  # what is no mapping is refused below
             value = yaml.safe_load(value)
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{source}: {key} wants {_kind_name(kind)}, not {value!r}.")
     limits = leaf.metadata
     if "options" in limits and value not in limits["options"]:

@@ -71,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
 def settings(found: argparse.Namespace) -> dict[str, Any]:
     """Dotted key -> value of everything given on the command line."""
     given = {}
+    for text in found.set:  # first, so that a flag of its own beats --set
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {text}: write it as key=value.")
+        given[key.strip()] = value.strip()
     for flag, (key, _, _) in FLAGS.items():
         if getattr(found, flag) is not None:
             given[key] = getattr(found, flag)
@@ -78,11 +83,6 @@ def settings(found: argparse.Namespace) -> dict[str, Any]:
         given["train.amp"] = "auto" if found.amp else "off"
     if found.mask_seen is not None:
         given["train.mask_seen"] = found.mask_seen
-    for text in found.set:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {text}: write it as key=value.")
-        given[key] = value
     return given
 
 

@@ -41,7 +41,9 @@ class Table(NamedTuple):
         """Raise UserError for the first row where `good` [rows] is False; `{}` shows its value."""
         if not good.all():
             row = int(np.argmin(good))
-            raise self.fault(row, column, problem.format(repr(self.frame[column].iloc[row])))
+            value = self.frame[column].iloc[row]
+            shown = repr(value.item() if isinstance(value, np.generic) else value)
+            raise self.fault(row, column, problem.format(shown))
 
 
 def read_table(

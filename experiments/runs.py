@@ -108,7 +108,7 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     trainer.fit()
     watch = Stopwatch()
     found = evaluate(
-        model, split.train_and_valid, split.test, config, device, LIST_LENGTH, note="test"
+        model, split.train_and_valid, split.test, config, device, list_length(task), note="test"
     )
     speed = _speed(model, trainer, task, config, device, len(found.lists) / watch.seconds)
     result = _result(model, config, task, validate(), found) | {
@@ -120,6 +120,11 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
         write_json(folder / METRICS, result)
         (folder / LATEST).unlink(missing_ok=True)
     return result
+
+
+def list_length(task: Task) -> int:
+    """LIST_LENGTH, or the whole catalogue where it is smaller."""
+    return min(LIST_LENGTH, task.dataset.catalogue.n_items)
 
 
 def load_model(folder: Path, catalogue: Any) -> tuple[Recommender, Config]:
@@ -203,7 +208,7 @@ def _speed(
     for user in np.concatenate([users[:3], users]):  # the first three warm up
         batch = history_batch(task.split.train_and_valid, np.array([user]), config.data.max_history)
         watch = Stopwatch()
-        model.recommend(Batch(*map(torch.from_numpy, batch)).to(device), LIST_LENGTH).cpu()
+        model.recommend(Batch(*map(torch.from_numpy, batch)).to(device), list_length(task)).cpu()
         seconds.append(watch.seconds)
     progress = trainer.progress
     return {

@@ -58,10 +58,10 @@ def digit_cross_entropy(
 ) -> Tensor:
     """Mean over positions and digits of -log softmax(<g_j, tokens_j>)[code_j], g of `digit_heads`.
 
-    states [P, d], weight [m * d, d], bias [m * d], codes [P, m], tokens [m, K, d]: unit vectors over
-    the temperature. The plain form reads and writes [P, m, d] and [P, m, K] a dozen times; here each
-    chunk of positions goes forward and backward at once while it is in cache, and only gradients of
-    the four inputs survive.
+    states [P, d], weight [m * d, d], bias [m * d], codes [P, m], tokens [m, K, d]: unit vectors
+    over the temperature. The plain form reads and writes [P, m, d] and [P, m, K] a dozen times;
+    here each chunk of positions goes forward and backward at once while it is in cache, and only
+    gradients of the four inputs survive.
     """
     return _FusedDigitCrossEntropy.apply(states, weight, bias, tokens, codes)
 

@@ -1,13 +1,13 @@
-"""Raw files in, sequences and features out; bad files get one sentence with file, line and remedy."""
+"""Raw files in, sequences and features out; bad files get one sentence with line and remedy."""
 
 from __future__ import annotations
 
+import csv
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +18,22 @@ from util import UserError
 ROWS = [("u1", "b", 5), ("u2", "a", 1), ("u1", "a", 3), ("u1", "c", 3), ("u2", "c", 9)]
 ITEMS = ["a", "b", "c"]
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def write_folder(
+    path: Path, rows: list[tuple], items: list[str], features: dict[str, np.ndarray] | None = None
+) -> Path:
+    """A data set in the folder layout; rows are (user, item, timestamp[, rating])."""
+    path.mkdir(parents=True, exist_ok=True)
+    header = ["user_id", "item_id", "timestamp", "rating"]
+    width = max(map(len, rows))
+    with open(path / "interactions.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header[:width], *rows])
+    with open(path / "items.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["item_id", "title"], *((i, f"title {i}") for i in items)])
+    for name, array in (features or {}).items():
+        np.save(path / f"{name}.npy", array)
+    return path
 
 
 def read(folder: Path, **choices: object) -> data_readers.Dataset:
@@ -185,8 +201,14 @@ def test_an_item_listed_twice_is_refused(tmp_path: Path) -> None:
     [
         (np.zeros((2, 4)), r"text.npy .*2.*3"),
         (np.zeros(3), r"text.npy"),
-        (np.array([[1, 2], [np.inf, 1], [0, 0.0]]), r"text.npy, row 2"),
-        (np.array([[1, 2], [np.nan, 1], [0, 0.0]]), r"text.npy, row 2"),
+        (
+            np.array([[1, 2], [np.inf, 1], [0, 0.0]]),
+            r"text.npy, row 1 \(counted from 0\) has an infinite",
+        ),
+        (
+            np.array([[1, 2], [np.nan, 1], [0, 0.0]]),
+            r"text.npy, row 1 \(counted from 0\) has NaN in part",
+        ),
         (np.array([[1, "x"], [2, "y"], [3, "z"]], dtype=object), r"text.npy"),
     ],
 )
@@ -213,7 +235,7 @@ def test_the_second_read_is_mapped_from_the_cache(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", ROWS, ITEMS, {"text": np.eye(3)})
     before = sorted(path.name for path in folder.iterdir())
     first, second = cached(folder, tmp_path / "data"), cached(folder, tmp_path / "data")
-    assert isinstance(second.sequences.items, np.memmap)
+    assert isinstance(second.sequences.items.base, np.memmap)
     assert first.fingerprint == second.fingerprint
     for mine, stored in zip(first.sequences, second.sequences, strict=True):
         np.testing.assert_array_equal(mine, stored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_every_interaction_is_in_exactly_one_part(lengths):
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6), window=st.integers(2, 12))
 def test_each_interaction_but_the_first_is_predicted_exactly_once(kind, lengths, window):
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    train = sequences(*[list(range(a + 1, b + 1)) for a, b in zip(starts, starts[1:], strict=False)])
+    train = sequences(*[list(range(a + 1, b + 1)) for a, b in pairwise(starts)])
     examples = train_examples(train, kind, window)
     predicted = Counter()
     for user, start, length, first in zip(*examples, strict=True):
@@ -104,7 +105,7 @@ def test_each_interaction_but_the_first_is_predicted_exactly_once(kind, lengths,
             available, shown = target - own, position + 1
             wanted = min(available, window)
             assert shown == wanted if kind == "prefixes" else 2 * shown >= wanted
-    expected = [i for a, b in zip(starts, starts[1:], strict=False) for i in range(a + 1, b)]
+    expected = [i for a, b in pairwise(starts) for i in range(a + 1, b)]
     assert predicted == Counter(expected)
 
 

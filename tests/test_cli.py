@@ -1,0 +1,301 @@
+"""What a user types and what comes back: files, tables, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from experiments import runs
+from experiments.runs import load_model, load_ranks
+from main import main
+from metrics import ranking_metrics
+
+
+@pytest.fixture
+def folders(tmp_path) -> list[str]:
+    return [f"--{name}_dir={tmp_path / name}" for name in ("save", "log", "data")]
+
+
+@pytest.fixture
+def quick(folders, small_flags) -> list[str]:
+    return ["--mode", "quick", *folders, *small_flags]
+
+
+@pytest.fixture
+def baseline(folders, small_flags) -> list[str]:
+    return ["--mode", "baseline", "--epochs", "1", *folders, *small_flags]
+
+
+def run_folders(tmp_path: Path) -> list[Path]:
+    save = tmp_path / "save"
+    return sorted(path for path in save.glob("*") if path.is_dir()) if save.exists() else []
+
+
+# --------------------------------------------------------------------------- quick
+
+
+@pytest.mark.parametrize("model", ["popularity", "sasrec"])
+def test_quick_writes_a_run_folder_and_prints_a_table(quick, tmp_path, capsys, model):
+    assert main([*quick, "--model", model]) == 0
+    (folder,) = run_folders(tmp_path)
+    assert folder.name.startswith("quick_mock_")
+    result = json.loads((folder / "metrics.json").read_text())
+    assert {
+        "model", "dataset", "seed", "protocol", "valid", "test", "id_quality", "efficiency",
+        "environment",
+    } <= set(result)  # fmt: skip
+    assert result["model"] == model and result["seed"] == 42
+    assert set(result["dataset"]) == {"name", "users", "items", "interactions"}
+    assert result["dataset"]["users"] == 60
+    assert result["protocol"] == {"mask_seen": True, "tie_policy": "file"}
+    wanted = {f"{name}@{k}" for name in ("recall", "ndcg") for k in (5, 10, 20)}
+    wanted |= {"mrr", "hit_rate@10"}
+    assert wanted <= set(result["valid"]) and wanted <= set(result["test"])
+    assert {"coverage@10", "cold_recall@10"} <= set(result["test"])
+    assert {"parameters", "latency_p50_ms", "peak_memory_mb"} <= set(result["efficiency"])
+    assert {"python", "torch", "device"} <= set(result["environment"])
+    printed = capsys.readouterr().out
+    assert model in printed and "ndcg@10" in printed and str(folder) in printed
+    assert f"{result['test']['ndcg@10']:.4f}" in printed
+    assert (tmp_path / "log" / "experiment.log").exists()
+    kept = {path.name for path in folder.iterdir()}
+    assert kept >= {"config.yaml", "ranks.npz", "best.pt"}
+    assert not kept & {"checkpoint.pt", "unfinished"}
+    assert not [name for name in kept if name.startswith(".")]
+
+
+def test_stored_ranks_give_the_reported_metrics(quick, tmp_path):
+    assert main([*quick, "--model", "sasrec", "--no-mask_seen"]) == 0
+    (folder,) = run_folders(tmp_path)
+    result = json.loads((folder / "metrics.json").read_text())
+    assert result["protocol"]["mask_seen"] is False
+    for name, mask_seen in (("masked", True), ("unmasked", False)):
+        found = ranking_metrics(load_ranks(folder / "ranks.npz", mask_seen))
+        assert found == pytest.approx(result["test_by_masking"][name])
+    assert result["test"]["mrr"] == result["test_by_masking"]["unmasked"]["mrr"]
+    with np.load(folder / "ranks.npz") as stored:
+        assert stored["user_ids"][0] == "u1" and len(stored["user_ids"]) == 60
+
+
+def test_a_stored_run_loads_again(quick, tmp_path, task):
+    assert main([*quick, "--model", "sasrec"]) == 0
+    (folder,) = run_folders(tmp_path)
+    model, config = load_model(folder, task.dataset.catalogue)
+    assert config.sasrec.width == 16 and not model.training
+
+
+def test_a_folder_of_own_data_works(folders, small_flags, tmp_path, write_folder):
+    histories = {f"u{u}": [f"i{(u + t) % 9}" for t in range(6)] for u in range(20)}
+    features = np.random.default_rng(0).standard_normal((9, 5)).astype(np.float32)
+    folder = write_folder(tmp_path / "own", histories, text=features)
+    arguments = ["--dataset", str(folder), "--model", "sasrec", *folders, *small_flags]
+    assert main(arguments) == 0
+    (found,) = run_folders(tmp_path)
+    assert found.name.startswith("quick_own_")
+    assert json.loads((found / "metrics.json").read_text())["dataset"]["interactions"] == 120
+
+
+def test_two_runs_of_one_second_get_two_folders(quick, tmp_path):
+    assert main([*quick, "--model", "popularity"]) == 0
+    assert main([*quick, "--model", "popularity"]) == 0
+    assert len(run_folders(tmp_path)) == 2
+
+
+def test_settings_come_from_yaml_set_and_flags(quick, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {lr: 0.5, clip: 7}\nrun: {model: popularity}\n")
+    arguments = [*quick, "--config", str(path), "--set", "train.clip=8", "--lr", "0.25"]
+    assert main(arguments) == 0
+    (folder,) = run_folders(tmp_path)
+    stored = (folder / "config.yaml").read_text()
+    assert "clip: 8.0" in stored and "model: popularity" in stored
+
+
+def test_an_explicit_flag_beats_set(quick, tmp_path):
+    arguments = [*quick, "--model", "popularity", "--epochs", "7", "--set", "train.epochs=9"]
+    assert main(arguments) == 0
+    (folder,) = run_folders(tmp_path)
+    assert "epochs: 7" in (folder / "config.yaml").read_text()
+
+
+# --------------------------------------------------------------------------- baseline
+
+
+def test_baseline_compares_models_and_seeds(baseline, tmp_path, capsys):
+    assert main([*baseline, "--model", "popularity,sasrec", "--seeds", "2"]) == 0
+    (folder,) = run_folders(tmp_path)
+    names = ["popularity_seed42", "popularity_seed43", "sasrec_seed42", "sasrec_seed43"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == names
+    for place in (folder, tmp_path / "save"):
+        table = pd.read_csv(place / "baseline_results.csv")
+        assert set(table["model"]) == {"popularity", "sasrec"} and (table["seeds"] == 2).all()
+        assert table["ndcg@10"].is_monotonic_decreasing
+        content = json.loads((place / "baseline_results.json").read_text())
+        assert len(content["runs"]) == 4 and "full ranking" in content["caption"]
+        tex = (place / "baseline_results.tex").read_text()
+        assert r"\toprule" in tex and "sasrec" in tex and tex.count(r"\textbf") >= 1
+    compared = table.set_index("model")["p (Holm)"]
+    assert compared.notna().sum() == 1, "the best model is not compared with itself"
+    seeds = [json.loads((folder / name / "metrics.json").read_text()) for name in names]
+    assert seeds[2]["test"] != seeds[3]["test"], "another seed is another run"
+    assert capsys.readouterr().out.count("sasrec") == 2
+
+
+def test_a_model_that_crashes_is_reported_and_the_others_go_on(
+    baseline, tmp_path, monkeypatch, capsys
+):
+    class Crash(torch.nn.Module):
+        def __init__(self, config, catalogue=None):
+            raise RuntimeError("this model is broken")
+
+    module = types.ModuleType("crashing")
+    module.Crash = Crash
+    monkeypatch.setitem(sys.modules, "crashing", module)
+    monkeypatch.setitem(runs.MODELS, "crash", "crashing:Crash")
+    assert main([*baseline, "--model", "popularity,crash,sasrec"]) == 1
+    captured = capsys.readouterr()
+    assert "crash failed: this model is broken" in captured.err
+    (folder,) = run_folders(tmp_path)
+    table = pd.read_csv(folder / "baseline_results.csv")
+    assert set(table["model"]) == {"popularity", "sasrec"}
+    assert (folder / "unfinished").exists(), "--resume tries the broken one again"
+
+
+def test_resuming_a_baseline_keeps_what_is_finished(baseline, tmp_path, monkeypatch, capsys):
+    module = types.ModuleType("crashing")  # has no class of that name
+    monkeypatch.setitem(sys.modules, "crashing", module)
+    original = runs.MODELS["sasrec"]
+    arguments = [*baseline, "--model", "popularity,sasrec"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Trainer, "fit", broken_for("sasrec", runs.Trainer.fit))
+        assert main(arguments) == 1
+    (folder,) = run_folders(tmp_path)
+    first = (folder / "popularity_seed42" / "metrics.json").stat().st_mtime_ns
+    assert main([*arguments, "--resume"]) == 0
+    assert run_folders(tmp_path) == [folder]
+    assert (folder / "popularity_seed42" / "metrics.json").stat().st_mtime_ns == first
+    assert not (folder / "unfinished").exists()
+    assert runs.MODELS["sasrec"] == original
+
+
+def broken_for(name: str, fit):
+    def broken(trainer):
+        if trainer.model.name == name:
+            raise RuntimeError("out of memory")
+        fit(trainer)
+
+    return broken
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+def refused(arguments: list[str], tmp_path: Path, capsys) -> str:
+    """The one line that is printed; nothing else happened."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in captured.err
+    assert captured.err.rstrip().splitlines()[-1] == errors[0], "the error comes last, in one line"
+    assert not run_folders(tmp_path)
+    cache = tmp_path / "data" / "cache"
+    assert not cache.exists() or not list(cache.iterdir())
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--modell", "sasrec"], "Did you mean '--model'"),
+        (["--epochs"], "--epochs"),
+        (["--epochs", "ten"], "invalid int value: 'ten'"),
+        (["--epochs", "-3"], "train.epochs lies between"),
+        (["--mode", "basline"], "Did you mean 'baseline'"),
+        (["--model", "sasrek"], "Did you mean 'sasrec'"),
+        (["--model", ""], "There is no model ''"),
+        (["--model", "popularity,sasrec"], "There is no model"),  # several: baseline only
+        (["--set", "train.lr"], "write it as key=value"),
+        (["--set", "train.lrr=1"], "Did you mean 'train.lr'"),
+        (["--set", "mock.dims={a: ["], "mock.dims wants a mapping"),
+        (["--device", "gpu"], "run.device is one of"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume", "nowhere"], "no run folder"),
+        (["stray"], "'stray'"),
+        (["--dataset", "nowhere"], "'nowhere' was not found"),
+        (["--set", "mock.n_items=20", "--set", "mock.history_min=11"], "twice history_min"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(quick, tmp_path, capsys, wrong, said):
+    assert said in refused([*quick, *wrong], tmp_path, capsys)
+
+
+def test_a_gpu_that_is_not_there_is_one_line(quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no GPU" in refused([*quick, "--device", "cuda"], tmp_path, capsys)
+
+
+def test_a_misspelt_model_in_baseline_stops_before_anything_runs(baseline, tmp_path, capsys):
+    arguments = [*baseline, "--model", "popularity,sasrek"]
+    assert "Did you mean 'sasrec'" in refused(arguments, tmp_path, capsys)
+
+
+def own_data(tmp_path, write_folder, **features) -> Path:
+    histories = {f"u{u}": [f"i{(u + t) % 9}" for t in range(4)] for u in range(9)}
+    return write_folder(tmp_path / "own", histories, **features)
+
+
+def test_an_unreadable_table_is_one_line(quick, tmp_path, capsys, write_folder):
+    folder = own_data(tmp_path, write_folder)
+    with open(folder / "interactions.csv", "a", encoding="utf-8") as file:
+        file.write("u1,i1,yesterday\n")
+    error = refused([*quick, "--dataset", str(folder)], tmp_path, capsys)
+    assert "interactions.csv" in error and "38" in error and "yesterday" in error
+
+
+def test_a_table_that_is_no_text_is_one_line(quick, tmp_path, capsys, write_folder):
+    folder = own_data(tmp_path, write_folder)
+    (folder / "interactions.csv").write_bytes(bytes(range(256)) * 10)
+    error = refused([*quick, "--dataset", str(folder)], tmp_path, capsys)
+    assert "interactions.csv" in error
+
+
+def test_features_of_other_items_are_one_line(quick, tmp_path, capsys, write_folder):
+    folder = own_data(tmp_path, write_folder, text=np.ones((8, 5), np.float32))
+    error = refused([*quick, "--dataset", str(folder)], tmp_path, capsys)
+    assert "text.npy" in error and "8" in error and "9" in error
+
+
+def test_data_without_held_out_items_are_one_line(quick, tmp_path, capsys, write_folder):
+    folder = write_folder(tmp_path / "own", {"u1": ["a", "b"], "u2": ["a"]})
+    arguments = [*quick, "--dataset", str(folder), "--set", "data.cache=false"]
+    assert "no valid or no test targets" in refused(arguments, tmp_path, capsys)
+
+
+def test_save_dir_that_is_a_file_is_one_line(quick, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = [*quick, "--save_dir", str(tmp_path / "file")]
+    assert "Cannot create" in refused(arguments, tmp_path, capsys)
+
+
+def test_log_dir_that_is_a_file_is_one_line(quick, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "--log_dir" in refused([*quick, "--log_dir", str(tmp_path / "file")], tmp_path, capsys)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    for flag in ("mode", "dataset", "model", "epochs", "batch_size", "lr", "device", "seed",
+                 "save_dir", "log_dir", "config", "set", "seeds", "resume", "data_dir", "amp",
+                 "num_workers"):  # fmt: skip
+        assert f"--{flag}" in printed
