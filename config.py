@@ -228,6 +228,10 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "*": {"train.lr": 5e-4, "train.batch_size": 256, "train.epochs": 100},
         "mock": {"train.lr": 1e-3, "train.epochs": 15, "bsarec.dropout": 0.2},
     },
+    "pmat": {
+        "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
+        "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
+    },
     "rpg": {
         "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
         "mock": {"train.batch_size": 64, "train.epochs": 30},

@@ -180,7 +180,7 @@ def low_pass_kernel(window: int, cutoff: int) -> Tensor:
 
     Multiplying by its circulant matrix equals rfft -> zero the rest -> irfft (BSARec eq. 8).
     """
-    kept = cutoff // 2 + 1
+    kept = min(cutoff, window) // 2 + 1  # a window has no frequency beyond Nyquist
     lag = torch.arange(window, dtype=torch.float64)
     kernel = torch.full((window,), 1.0, dtype=torch.float64)
     for frequency in range(1, kept):

@@ -74,4 +74,5 @@ class ModalityAttention(nn.Module):
             logits = logits + self.of_user(context)
         if self.of_item is not None:
             logits = logits + self.of_item(latents.flatten(-2))
-        return torch.softmax(logits.masked_fill(~present, float("-inf")), dim=-1)
+        # finite, so that an item without any modality gets even weights and not NaN
+        return torch.softmax(logits.masked_fill(~present, -1e9), dim=-1)
