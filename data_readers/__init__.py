@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,29 +76,38 @@ def _find(name: str, root: Path) -> Path:
     for place in places:
         if _readable(place):
             return place
-    inside = [child for place in places if name in NAMES for child in _children(place)]
+    inside = dict.fromkeys(child for place in places for child in _children(place))
     if len(inside) == 1:  # data/mmrec/baby is meant by mmrec while it is the only one
-        return inside[0]
+        return next(iter(inside))
     if inside:
-        listed = ", ".join(str(child) for child in inside)
+        listed = ", ".join(map(str, inside))
         raise UserError(f"dataset {name!r} could be any of {listed}; name one of them.")
-    known = [*NAMES, *(child.name for child in _children(root))]
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
-    looked = " and ".join(dict.fromkeys(str(place) for place in places))
+    looked = " and ".join(dict.fromkeys(map(str, places)))
     raise UserError(
         f"dataset {name!r} was not found: looked for interactions.csv or a .inter file "
-        f"in {looked}; {hint}"
+        f"in {looked}; {_hint(name, root)}"
     )
 
 
+def _hint(name: str, root: Path) -> str:
+    """What may have been meant: a known name, or for a path a data set beside it."""
+    place = Path(name).expanduser()
+    beside = {child.name: str(child) for child in _children(place.parent)} if "/" in name else {}
+    known = {known: known for known in NAMES if known != name}
+    known |= {child.name: child.name for child in _children(root)} | beside
+    near = difflib.get_close_matches(place.name, known, n=3)
+    if near:
+        return f"did you mean {' or '.join(known[found] for found in near)}?"
+    return f"known are {', '.join(known.values())}."
+
+
 def _readable(folder: Path) -> bool:
-    return folder.is_dir() and (
+    return os.path.isdir(folder) and (  # unlike Path.is_dir False for names that cannot be
         (folder / "interactions.csv").is_file() or inter_file(folder) is not None
     )
 
 
 def _children(folder: Path) -> list[Path]:
     """Sub-folders that hold a data set."""
-    children = sorted(folder.iterdir()) if folder.is_dir() else []
+    children = sorted(folder.iterdir()) if os.path.isdir(folder) else []
     return [child for child in children if child.name != "cache" and _readable(child)]

@@ -18,7 +18,7 @@ import numpy as np
 from data_readers.tables import Catalogue, Dataset, Modality, Sequences
 from util import UserError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("pmat")
 
 FORMAT = 1  # raise it when a reader or the layout below changes what it stores
 _ABANDONED = 3600  # seconds after which a half-written cache is taken for a killed run's

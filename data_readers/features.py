@@ -15,12 +15,25 @@ FIRST = ("visual", "text", "audio")  # the usual modalities lead, others follow 
 _BLOCK = 2**20  # entries converted at a time, 8 MB as float64: files may be larger than memory
 
 
-def find_features(folder: Path, suffix: str = ".npy") -> dict[str, Path]:
-    """Name -> file for every `<name><suffix>` in the folder, visual, text and audio first."""
-    found = {path.name.removesuffix(suffix): path for path in folder.glob(f"*{suffix}")}
-    for name, path in found.items():
+def find_features(
+    folder: Path, suffix: str = ".npy", renamed: dict[str, str] | None = None
+) -> dict[str, Path]:
+    """Modality -> file for every `<name><suffix>` in the folder, visual, text and audio first.
+
+    `renamed` maps a name in the files to the modality it means. Raises UserError for a name with
+    odd characters and for two files of one modality.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob(f"*{suffix}")):
+        stem = path.name.removesuffix(suffix)
+        name = (renamed or {}).get(stem, stem)
         if not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"{path}: {name!r} cannot name a modality; use letters, digits, _, -.")
+        if name in found:
+            raise UserError(
+                f"{path} and {found[name].name} both hold modality {name!r}; remove one of them."
+            )
+        found[name] = path
     rank = {name: i for i, name in enumerate(FIRST)}
     return {name: found[name] for name in sorted(found, key=lambda n: (rank.get(n, len(FIRST)), n))}
 
@@ -70,7 +83,10 @@ def standardise(raw: np.ndarray, present: np.ndarray) -> Modality:
 
 def _standardise_rows(raw, present, rows: np.ndarray, path: Path) -> Modality:
     if not present[rows].any():
-        raise UserError(f"{path}: every row is NaN, so no item has this modality; remove the file.")
+        rows_left = "every row" if len(rows) == len(raw) else "every row that k_core keeps"
+        raise UserError(
+            f"{path}: {rows_left} is NaN, so no item has this modality; remove the file."
+        )
     return _scaled(raw, present, rows)
 
 

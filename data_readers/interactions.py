@@ -12,7 +12,7 @@ from data_readers.parsing import Table
 from data_readers.tables import Sequences
 from util import UserError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("pmat")
 
 TIE_POLICIES = ("file", "shuffle")
 FEATURES = ("auto", "none")

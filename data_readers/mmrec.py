@@ -19,9 +19,7 @@ from util import UserError
 
 SUFFIX = "_feat.npy"
 RENAMED = {"image": "visual"}
-MOST_ITEMS = (
-    10_000_000  # without features an id beyond this is taken for a raw id, not a row number
-)
+MOST_ITEMS = 10_000_000  # without features an id beyond this is a raw id, not a row number
 
 
 def inter_file(folder: Path) -> Path | None:
@@ -45,11 +43,11 @@ def read_mmrec(
     source = inter_file(path)
     if source is None:
         raise UserError(f"{path} has no .inter file; put <name>.inter there.")
-    found = find_features(path, SUFFIX) if options.features == "auto" else {}
-    features = {RENAMED.get(stem, stem): file for stem, file in found.items()}
+    features = find_features(path, SUFFIX, RENAMED) if options.features == "auto" else {}
     files = [source, *filter(Path.is_file, [path / "dataset.yaml"]), *features.values()]
     name = dataset_name(path, source.stem)
-    key = cache.fingerprint(files, {"layout": "mmrec", **options.identity()})
+    layout = {"layout": "mmrec", "modalities": list(features)}
+    key = cache.fingerprint(files, {**layout, **options.identity()})
     build = lambda: _build(source, name, features, options, key)  # noqa: E731
     return cache.prepared(cache_dir, name, key, build)
 
@@ -82,7 +80,7 @@ def _build(
 
 
 def _count_items(table: Table, items: np.ndarray, features: dict[str, Path]) -> int:
-    """N = max(feature rows, largest id + 1). Raises UserError where features are too short."""
+    """N: the feature rows, which must cover every id; without features the largest id + 1."""
     rows = {file: len(open_features(file)) for file in features.values()}
     if len(set(rows.values())) > 1:
         listed = ", ".join(f"{file.name} {count}" for file, count in rows.items())

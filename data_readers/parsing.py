@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +76,9 @@ def read_table(
         elif columns[name] in (WHOLE, REAL):
             values = table.frame[name].to_numpy()
             table.check(name, np.isfinite(values), "{} is not finite; write a plain number")
+            if columns[name] == WHOLE and values.dtype != np.int64:
+                small = np.abs(values) < _INT64_LIMIT
+                table.check(name, small, "{} does not fit 64 bits; write a smaller number")
     return table
 
 
@@ -122,6 +126,7 @@ def _parse(path: Path, sep: str, header: list[str], kinds: dict[str, str]) -> pd
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)
+                warnings.simplefilter("ignore", RuntimeWarning)  # inf cells: refused by the caller
                 # No usecols: with it pandas lets over-long lines pass, an unquoted comma say.
                 frame = pd.read_csv(
                     path, sep=sep, names=header, header=0, index_col=False, dtype=dtypes,
@@ -140,6 +145,7 @@ def _parse(path: Path, sep: str, header: list[str], kinds: dict[str, str]) -> pd
 
 def _records(path: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
     """(first line, fields) of each data row as the C parser counts them: blank lines skipped."""
+    csv.field_size_limit(2**31 - 1)  # an unclosed quote may swallow megabytes: say where it began
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=sep)
         start = 1
@@ -151,10 +157,7 @@ def _records(path: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
 
 def _first(path: Path, sep: str, bad: Callable[[list[str]], bool]) -> tuple[int, list[str]] | None:
     """The first record that is bad: a slow search, made only once parsing has failed."""
-    try:
-        return next(((line, rec) for line, rec in _records(path, sep) if bad(rec)), None)
-    except csv.Error:
-        return None
+    return next(((line, rec) for line, rec in _records(path, sep) if bad(rec)), None)
 
 
 def _fault(path: Path, line: int, column: str, problem: str) -> UserError:
@@ -178,7 +181,9 @@ def _length_fault(path: Path, sep: str, width: int, error: Exception) -> UserErr
     found = _first(path, sep, lambda record: len(record) > width)
     if found is None:
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        return UserError(f"{path} cannot be parsed ({reason}); look for an unclosed quote.")
+        last = deque(_records(path, sep), maxlen=1)  # an open quote swallows all rows below it
+        where = f"{path}, line {last[0][0]}:" if last else f"{path}"
+        return UserError(f"{where} cannot be parsed ({reason}); look for an unclosed quote.")
     line, record = found
     return UserError(
         f"{path}, line {line}: {len(record)} fields where the header has {width}; "

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from data_readers.tables import Sequences
 from data_utils import Targets
+from experiments import runs
 from experiments.evaluation import evaluate, rank_targets
 from metrics import ranking_metrics
 from model_parts.base import Batch, Recommender
@@ -109,6 +110,26 @@ def test_scoring_all_items_alike_is_not_above_chance(tiny, task, value):
     metrics = ranking_metrics(found.unmasked)
     assert all(metrics[f"recall@{k}"] <= k / n_items for k in (5, 10, 20))
     assert metrics["mrr"] <= 2 / n_items
+
+
+def test_a_run_starts_each_prediction_from_what_came_before_the_target(
+    tiny, task, tmp_path, monkeypatch
+):
+    asked = []
+
+    def watched(model, history, targets, *rest, **more):
+        asked.append((history, targets, more["note"]))
+        return evaluate(model, history, targets, *rest, **more)
+
+    monkeypatch.setattr(runs, "evaluate", watched)
+    runs.run(tiny("popularity"), task, tmp_path)
+    assert {note for _, _, note in asked} == {"valid", "test"}
+    for history, targets, note in asked:
+        held_out = {"valid": 2, "test": 1}[note]
+        for user, target in zip(targets.users, targets.items, strict=True):
+            whole = task.dataset.sequences.of(user).tolist()
+            assert history.of(user).tolist() == whole[:-held_out]
+            assert target == whole[-held_out]
 
 
 def test_the_batch_size_of_evaluation_changes_nothing(tiny, task):
