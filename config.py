@@ -49,7 +49,7 @@ class Run:
     """What to do and where to put it."""
 
     mode: str = choice("quick", MODES, "what to run")
-    model: str = setting("sasrec", "model, or several separated by commas in mode baseline")
+    model: str = setting("pmat", "model, or several separated by commas in mode baseline")
     device: str = choice("auto", ("auto", "cpu", "cuda"), "auto takes a GPU when there is one")
     seed: int = number(42, 0, 2**31 - 1, "first random seed")
     seeds: int = number(1, 1, 100, "runs per model, with seeds seed, seed+1, ...")
@@ -233,8 +233,27 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
     },
     "rpg": {
-        "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
-        "mock": {"train.batch_size": 64, "train.epochs": 30},
+        # sizes for two CPU cores; the dataclass above has those of the paper
+        "*": {
+            "train.lr": 5e-4,
+            "train.batch_size": 64,
+            "train.schedule": "cosine",
+            "train.epochs": 50,
+            "train.eval_every": 2,
+            "rpg.width": 128,
+            "rpg.inner": 512,
+            "rpg.embedding_dropout": 0.3,
+            "rpg.attention_dropout": 0.3,
+        },
+        "mock": {
+            "train.lr": 2e-3,
+            "train.epochs": 40,
+            "rpg.width": 64,
+            "rpg.inner": 128,
+            "rpg.digits": 8,
+            "rpg.codes": 32,
+            "rpg.pca": 32,
+        },
     },
 }
 

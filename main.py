@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from config import MODES, ConfigError, closest
+from config import MODES, ConfigError, closest, read_yaml
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,36 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the flags ask for. 0 done, 1 a model failed, 2 the user's mistake, 130 stopped."""
     try:
         found = parser().parse_strictly(arguments)
-        return _run(found)
+        flags, overlay = settings(found), read_yaml(found.config) if found.config else {}
+        # torch takes a second or two to import: not needed for --help or a misspelt flag
+        from experiments import start
+
+        return start(flags, overlay, found.resume)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _run(found: argparse.Namespace) -> int:
-    # torch takes a second or two to import: not needed for --help or a misspelt flag
-    from config import read_yaml
-    from experiments import find_mode
-    from experiments.modes import Request, resumed_request
-    from experiments.training import Stopped
-    from util import UserError, pick_device, process_group, start_logging
-
-    try:
-        overlay = read_yaml(found.config) if found.config else {}
-        request = Request(settings(found), overlay, found.resume)
-        if found.resume:
-            request = resumed_request(found.resume, request)
-        config = request.config()
-        with process_group(pick_device(config.run.device)):
-            start_logging(config.run.log_dir)
-            failed = find_mode(config.run.mode)(request)
-        return 1 if failed else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (Stopped, KeyboardInterrupt):
-        print("\nStopped. Add --resume to the same command to go on.", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

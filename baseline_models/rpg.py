@@ -58,6 +58,7 @@ class RPG(Recommender):
         super().__init__()
         own = config.rpg
         self.own = own
+        self.n_codes = own.codes
         n_items = config.n_items(catalogue)
         # row 0 is padding, code c of digit j is row c + K j + 1, the last row is the paper's EOS
         self.tokens = nn.Embedding(own.digits * own.codes + 2, own.width, padding_idx=0)

@@ -1,6 +1,7 @@
 """Copy what is worth keeping of finished runs: settings, metrics, learning curve, ranks.
 
     python benchmarks/keep_record.py docs/results/beauty results/baseline_.../sasrec_seed42 ...
+    python benchmarks/keep_record.py docs/results/beauty        # only print the table of records
 
 Each run becomes `<place>/<model>[-<label>]_seed<seed>/` of some 60 KB. `ranks.npz` is packed for
 size, `unpack` reads it back: twice the masked rank (ties end in .5), how much further down the same
@@ -64,17 +65,40 @@ def unpack(record: Path) -> dict[str, np.ndarray]:
         }
 
 
+def table(place: Path) -> str:
+    """Markdown table of all records, best valid NDCG@10 last: test metrics under both maskings."""
+    found = [
+        (path.parent.name, json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(place.glob("*/metrics.json"))
+    ]
+    found.sort(key=lambda pair: pair[1]["valid"]["ndcg@10"])
+    lines = [
+        "| record | valid N@10 | R@10 | N@10 | R@10, unmasked | N@10, unmasked | parameters "
+        "| epochs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in found:
+        both = run["test_by_masking"]
+        cells = [run["valid"]["ndcg@10"]]
+        cells += [both[m][k] for m in ("masked", "unmasked") for k in ("recall@10", "ndcg@10")]
+        shown = " | ".join(f"{value:.4f}" for value in cells)
+        speed = run["efficiency"]
+        lines.append(f"| {name} | {shown} | {speed['parameters']:,} | {speed['epochs']} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Copy the runs named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("place", type=Path)
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument(
         "--label", default="", help="what sets these runs apart, such as random-codes"
     )
     arguments = parser.parse_args()
     for run in arguments.runs:
-        print(keep(run, arguments.place, arguments.label))
+        keep(run, arguments.place, arguments.label)
+    print(table(arguments.place))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from typing import Any
 
 MODES = {
     "quick": "experiments.modes:quick",
@@ -15,3 +17,29 @@ def find_mode(name: str) -> Callable:
     """The function of a mode. Raises KeyError for a name that is not in MODES."""
     module, function = MODES[name].split(":")
     return getattr(importlib.import_module(module), function)
+
+
+def start(flags: dict[str, Any], overlay: dict[str, Any], resume: str | None) -> int:
+    """Run the mode that the settings ask for; returns the exit code of the program.
+
+    0 done, 1 a model failed, 2 a mistake the user can mend, 130 stopped by a signal.
+    """
+    from experiments.modes import Request, resumed_request
+    from experiments.training import Stopped
+    from util import UserError, pick_device, process_group, start_logging
+
+    try:
+        request = Request(flags, overlay, resume)
+        if resume:
+            request = resumed_request(resume, request)
+        config = request.config()
+        with process_group(pick_device(config.run.device)):
+            start_logging(config.run.log_dir)
+            failed = find_mode(config.run.mode)(request)
+        return 1 if failed else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, KeyboardInterrupt):
+        print("\nStopped. Add --resume to the same command to go on.", file=sys.stderr)
+        return 130

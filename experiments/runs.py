@@ -182,15 +182,9 @@ def _id_quality(model: Recommender, task: Task) -> dict[str, float] | None:
     codes = model.item_ids()
     if codes is None:
         return None
-    modalities = task.dataset.catalogue.modalities.values()
-    features = (
-        np.concatenate([part.features for part in modalities], axis=1) if modalities else None
-    )
-    if features is not None and not np.abs(features).sum(1).all():
-        known = np.abs(features).sum(1) > 0  # cosine needs a vector
-        features, codes = features[known], codes[torch.from_numpy(known).to(codes.device)]
-    codes = codes.cpu().numpy()
-    return id_quality(codes, int(codes.max()) + 1, features)
+    parts = [part.features for part in task.dataset.catalogue.modalities.values()]
+    features = np.concatenate(parts, axis=1) if parts else None
+    return id_quality(codes.cpu().numpy(), model.n_codes, features)
 
 
 @torch.inference_mode()

@@ -59,7 +59,7 @@ class Progress:
     best_epoch: int = -1
     evaluations_without_gain: int = 0
     bad_steps: int = 0  # consecutive steps with a loss that was not finite
-    lr_scale: float = 1.0  # halved after each of them
+    lr_scale: float = 1.0  # halved after each of them, restored with the next epoch
     seconds: float = 0.0
     prepare_seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)  # loss parts times targets, this epoch
@@ -144,14 +144,21 @@ class Trainer:
             if progress.global_step % 10 == 0:
                 bar.set_postfix(_rounded(self._mean_parts()))
             overdue = time.monotonic() - saved > 60 * self.config.train.checkpoint_minutes
-            if stop.requested or overdue:
+            stopping = self._anybody(stop.requested)
+            if stopping or overdue:
                 progress.seconds += watch.lap()
                 self.save()
                 saved = time.monotonic()
-            if stop.requested:
+            if stopping:
                 raise Stopped
         progress.seconds += watch.lap()
         self._end_epoch(epoch, watch)
+
+    def _anybody(self, wish: bool) -> bool:
+        """Whether any process was asked to stop: all leave the loop at the same step."""
+        if world_size() == 1:
+            return wish
+        return bool(sum_over_processes(torch.tensor(float(wish), device=self.device)) > 0)
 
     def _batches(self, order: list[np.ndarray]) -> Iterator[tuple[Batch, bool]]:
         """This process's share of every batch, and whether it counts."""
@@ -253,7 +260,7 @@ class Trainer:
             self._keep_if_best(epoch, row["valid"]["ndcg@10"])
         row["train_seconds"] = progress.seconds - sum(r["train_seconds"] for r in progress.rows)
         progress.rows.append(row)
-        progress.epoch, progress.step = epoch + 1, 0
+        progress.epoch, progress.step, progress.lr_scale = epoch + 1, 0, 1.0
         progress.sums, progress.targets = {}, 0.0
         self._report(row)
         self.save()
@@ -333,7 +340,7 @@ class Trainer:
 def comparable(config: Config) -> dict[str, Any]:
     """The settings that must agree between a checkpoint and the run that resumes it."""
     content = dataclasses.asdict(config)
-    for key in ("save_dir", "log_dir", "device", "mode", "seeds", "model"):
+    for key in ("save_dir", "log_dir", "device", "mode", "seeds"):
         content["run"].pop(key)
     for key in ("data_dir", "cache"):
         content["data"].pop(key)

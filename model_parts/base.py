@@ -54,6 +54,7 @@ class Recommender(nn.Module):
     examples: ClassVar[Literal["positions", "prefixes"]] = "positions"
     ablations: ClassVar[dict[str, dict[str, Any]]] = {}
     search_space: ClassVar[dict[str, Any]] = {}
+    n_codes: int = 0  # codes per digit of `item_ids`; 0 for a model without semantic IDs
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
         """Stage one, before the first epoch: tokenizer, graphs, statistics. Nothing by default.

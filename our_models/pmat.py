@@ -49,6 +49,7 @@ class PMAT(Recommender):
         super().__init__()
         own, window = config.pmat, config.data.max_history
         self.own = own
+        self.n_codes = own.codes
         n_items, n_modalities = config.n_items(catalogue), config.n_modalities(catalogue)
         digits = own.shared_digits + own.personal_digits
         grid = simplex_grid(n_modalities, own.grid)

@@ -19,7 +19,7 @@ PACKAGES = ("our_models", "baseline_models", "model_parts", "experiments", "data
 
 # layer -> (modules of the project, third-party packages; None = any)
 MAY_IMPORT: dict[str, tuple[set[str], set[str] | None]] = {
-    "main": ({"config", "experiments", "util"}, set()),
+    "main": ({"config", "experiments"}, set()),
     "experiments": (
         {"our_models", "baseline_models", "model_parts.base", "data_utils", "metrics", "config",
          "util", "experiments"},
