@@ -147,7 +147,7 @@ def _records(path: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
     """(first line, fields) of each data row as the C parser counts them: blank lines skipped."""
     csv.field_size_limit(2**31 - 1)  # an unclosed quote may swallow megabytes: say where it began
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=sep)
+        reader = csv.reader((line.replace("\0", " ") for line in file), delimiter=sep)
         start = 1
         for record in reader:
             if start > 1 and (len(record) > 1 or "".join(record).strip()):

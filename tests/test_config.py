@@ -7,7 +7,8 @@ import pytest
 import config as settings
 from config import Config, ConfigError, build_config, differences, keys, read_yaml, to_dict
 
-PRESET = {"sasrec": {"*": {"train.lr": 0.5, "train.epochs": 77}, "mock": {"train.epochs": 88}}}
+OWN = {"*": {"train.lr": 0.5, "train.epochs": 77}, "mock": {"train.epochs": 88}}
+PRESET = {Config().run.model: OWN, "sasrec": OWN}  # the model of a run that names none, and another
 
 
 @pytest.fixture

@@ -161,7 +161,8 @@ def test_a_bad_gradient_of_a_finite_loss_spoils_no_weights(tiny, tmp_path, clip)
     trainer = toy_trainer(tiny, tmp_path, model, {"train.epochs": 1, "train.clip": clip})
     trainer.fit()
     assert model.weight.isfinite().all()
-    assert trainer.progress.lr_scale == 0.5
+    assert trainer.optimiser.param_groups[0]["lr"] == pytest.approx(0.05)
+    assert trainer.progress.lr_scale == 1.0, "the next epoch starts with the full rate again"
 
 
 def test_five_bad_steps_in_a_row_end_the_run_and_keep_the_batch(tiny, tmp_path):
