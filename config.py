@@ -303,7 +303,8 @@ def _checked(leaf: dataclasses.Field, current: Any, value: Any, key: str, source
     elif kind in (int, float) and not isinstance(value, bool):
         value = _to_number(value, kind)
     elif kind is dict and isinstance(value, str):
-        with contextlib.suppress(yaml.YAMLError):  # what is no mapping is refused below
+        # what is no mapping is refused below; an impossible date is a ValueError
+        with contextlib.suppress(yaml.YAMLError, ValueError):
             value = yaml.safe_load(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{source}: {key} wants {_kind_name(kind)}, not {value!r}.")
@@ -344,7 +345,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # bytes or a date that cannot be: ValueError
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -175,6 +175,27 @@ def new_run_folder(save_dir: str, label: str) -> Path:
         except OSError as error:
             raise UserError(f"Cannot create {folder}: {error.strerror}.") from None
     raise UserError(f"{save_dir} has too many runs of this second; try again.")
+
+
+def claim(path: Path) -> IO[str] | None:
+    """Hold the existing file `path` until the result is closed or this process ends, however.
+
+    None when another process holds it. Raises UserError for a file that cannot be written.
+    """
+    try:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (the caller closes it)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except (ImportError, OSError):  # Windows and some network disks have no such locks
+        pass
+    return file
 
 
 # --------------------------------------------------------------------------- logging, environment

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+from collections.abc import Iterator
 from logging import getLogger
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import yaml
 
 from config import Config, ConfigError, build_config, dataset_name, differences
 from experiments import report
-from experiments.runs import METRICS, MODELS, Task, load_task, model_class, run
+from experiments.runs import CONFIG, METRICS, MODELS, Task, load_task, model_class, run
 from experiments.training import Stopped, comparable
-from util import UserError, from_first, new_run_folder, rank, write_yaml
+from util import UserError, claim, from_first, new_run_folder, rank, write_yaml
 
 logger = getLogger("pmat")
 REQUEST, UNFINISHED = "request.yaml", "unfinished"
@@ -50,7 +52,7 @@ def baseline(request: Request) -> int:
     """
     config = request.config()
     asked = request.asks_for("run.model")
-    names = config.run.model.split(",") if asked else list(MODELS)
+    names = [n.strip() for n in config.run.model.split(",")] if asked else list(MODELS)
     return _run_and_report(request, names, config, isolate=True)
 
 
@@ -59,17 +61,17 @@ def _run_and_report(request: Request, names: list[str], config: Config, isolate:
         model_class(name)  # a misspelt name ends here, before anything is read or written
     _announce(config)
     task = load_task(config)
-    folder = open_folder(request, config)
-    places = _run_folders(folder, names, config)
-    failed = [
-        place
-        for place, (name, seed) in places.items()
-        if not _run_once(request.config(name), seed, task, place, isolate)
-    ]
-    if rank() == 0:
-        _report([place for place in places if place not in failed], folder, config)
-        if not failed:
-            (folder / UNFINISHED).unlink(missing_ok=True)
+    with open_folder(request, config) as folder:
+        places = _run_folders(folder, names, config)
+        failed = [
+            place
+            for place, (name, seed) in places.items()
+            if not _run_once(request.config(name), seed, task, place, isolate)
+        ]
+        if rank() == 0:
+            _report([place for place in places if place not in failed], folder, config)
+            if not failed:
+                (folder / UNFINISHED).unlink(missing_ok=True)
     return len(failed)
 
 
@@ -122,31 +124,64 @@ def _announce(config: Config) -> None:
 # --------------------------------------------------------------------------- run folders
 
 
-def open_folder(request: Request, config: Config) -> Path:
-    """A new run folder, or the one to resume."""
-    found = from_first(_resumable(request, config) if rank() == 0 else None)
-    if found:
-        logger.info("Resuming %s", found)
-        return Path(found)
-    folder = None
-    if rank() == 0:
-        label = f"{config.run.mode}_{dataset_name(config.data.dataset)}"
-        folder = new_run_folder(config.run.save_dir, label)
-        write_yaml(folder / REQUEST, {"flags": request.flags, "overlay": request.overlay})
-        (folder / UNFINISHED).touch()
-    return Path(from_first(str(folder)))
+@contextlib.contextmanager
+def open_folder(request: Request, config: Config) -> Iterator[Path]:
+    """A new run folder, or the one to resume; nobody else can resume it meanwhile.
+
+    When a mistake of the user ends the run before anything is trained, the folder goes again.
+    """
+    with contextlib.ExitStack() as held:
+        folder = None
+        if rank() == 0:
+            folder, lock = _resumable(request, config) or _new_folder(request, config)
+            held.enter_context(lock)
+        folder = Path(from_first(str(folder)))
+        try:
+            yield folder
+        except (UserError, ConfigError):
+            if rank() == 0 and _is_barren(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _resumable(request: Request, config: Config) -> str | None:
+def _new_folder(request: Request, config: Config) -> tuple[Path, IO[str]]:
+    label = f"{config.run.mode}_{dataset_name(config.data.dataset)}"
+    folder = new_run_folder(config.run.save_dir, label)
+    write_yaml(folder / REQUEST, {"flags": request.flags, "overlay": request.overlay})
+    lock = _claim(folder)
+    (folder / UNFINISHED).touch()  # last: from here on --resume finds it
+    return folder, lock
+
+
+def _claim(folder: Path) -> IO[str]:
+    lock = claim(folder / REQUEST)
+    if lock is None:
+        raise UserError(f"--resume {folder}: another process is working on that run.")
+    return lock
+
+
+def _is_barren(folder: Path) -> bool:
+    """Whether it holds nothing but settings."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.name for path in files} <= {REQUEST, UNFINISHED, CONFIG}
+
+
+def _resumable(request: Request, config: Config) -> tuple[Path, IO[str]] | None:
+    """The folder to go on with and the hold on it."""
     if request.resume is None:
         return None
-    if request.resume:
-        return request.resume  # checked when it was read
+    folder = Path(request.resume)
+    if request.resume:  # it was read already, so it is a run folder
+        logger.info("Resuming %s", folder)
+        return folder, _claim(folder)
     folders = [path.parent for path in Path(config.run.save_dir).glob(f"*/{UNFINISHED}")]
     for folder in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True):
-        with contextlib.suppress(UserError, ConfigError):  # a run of another version is not ours
+        # passed over: a run of another version, or one that is still going on
+        with contextlib.suppress(UserError, ConfigError):
             if _identity(read_request(folder).config()) == _identity(config):
-                return str(folder)
+                lock = _claim(folder)
+                logger.info("Resuming %s", folder)
+                return folder, lock
     logger.info(
         "No unfinished run with these settings in %s; starting afresh.", config.run.save_dir
     )
@@ -163,7 +198,7 @@ def read_request(folder: Path) -> Request:
     try:
         stored = yaml.safe_load((folder / REQUEST).read_text(encoding="utf-8"))
         return Request(dict(stored["flags"]), dict(stored["overlay"]), str(folder))
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise UserError(
             f"--resume {folder}: that is no run folder (no readable {REQUEST})."
         ) from None

@@ -199,12 +199,13 @@ def _speed(
     """Training time, throughput of the test ranking, latency of single requests."""
     seconds = []
     users = task.split.test.users[:LATENCY_QUERIES]
-    for user in np.concatenate([users[:3], users]):  # the first three warm up
+    warm_up = users[:3]
+    for user in np.concatenate([warm_up, users]):
         batch = history_batch(task.split.train_and_valid, np.array([user]), config.data.max_history)
         watch = Stopwatch()
         model.recommend(Batch(*map(torch.from_numpy, batch)).to(device), list_length(task)).cpu()
         seconds.append(watch.seconds)
-    progress = trainer.progress
+    progress, latency = trainer.progress, latency_summary(seconds[len(warm_up) :])
     return {
         "parameters": model.describe()["parameters"],
         "prepare_seconds": progress.prepare_seconds,
@@ -214,7 +215,7 @@ def _speed(
         "best_epoch": progress.best_epoch,
         "test_users_per_second": users_per_second,
         "peak_memory_mb": peak_memory_mb(device),
-    } | {f"latency_{name}": value for name, value in latency_summary(seconds[3:]).items()}
+    } | {f"latency_{name}": value for name, value in latency.items()}
 
 
 def _save_ranks(path: Path, found: Evaluation, task: Task) -> None:

@@ -32,6 +32,7 @@ from util import (
     rank,
     restore_random_state,
     save_checkpoint,
+    seed_everything,
     stream_seed,
     sum_over_processes,
     torch_generator,
@@ -334,6 +335,9 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         if world_size() == 1:
             restore_random_state({k: v.cpu() for k, v in state["random"].items()})
+        else:  # only the first one's state is stored, and dropout must differ between processes
+            step = self.progress.global_step
+            seed_everything(stream_seed(self.config.run.seed, "resume", rank(), step))
         return True
 
 

@@ -129,7 +129,7 @@ def test_an_explicit_flag_beats_set(quick, tmp_path):
 
 
 def test_baseline_compares_models_and_seeds(baseline, tmp_path, capsys):
-    assert main([*baseline, "--model", "popularity,sasrec", "--seeds", "2"]) == 0
+    assert main([*baseline, "--model", "popularity, sasrec", "--seeds", "2"]) == 0
     (folder,) = run_folders(tmp_path)
     names = ["popularity_seed42", "popularity_seed43", "sasrec_seed42", "sasrec_seed43"]
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == names

@@ -94,6 +94,7 @@ def test_every_setting_says_what_it_is():
         ("run.model", 3, "wants text"),
         ("mock.dims", "{text: [", "wants a mapping"),
         ("mock.dims", "48", "wants a mapping"),
+        ("mock.dims", "{text: 2020-13-45}", "wants a mapping"),  # an impossible date
         ("mock.dims", "{text: wide}", "mock.dims: text wants a width"),
         ("mock.dims", {"text": 0}, "mock.dims: text wants a width"),
         ("mock.history_max", 4, "smaller than mock.history_min"),
@@ -144,6 +145,7 @@ def test_sections_and_dotted_keys(tmp_path):
         (b"", "expected sections"),
         (b"just words", "expected sections"),
         (b"\xff\xfe\xfa", "is not YAML"),
+        (b"train: {lr: 2020-13-45}", "is not YAML: month must be in 1..12"),
         (b"a: !!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )

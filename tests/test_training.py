@@ -291,6 +291,17 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
         write_json(tmp_path / "file" / "a.json", {})
 
 
+def test_processes_that_resume_do_not_share_their_dropout(tiny, tmp_path, monkeypatch):
+    trainer, drawn = toy_trainer(tiny, tmp_path, Toy(), {}), []
+    trainer.save()
+    monkeypatch.setattr("experiments.training.world_size", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr("experiments.training.rank", lambda number=number: number)
+        assert trainer.resume()
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] != drawn[1]
+
+
 # --------------------------------------------------------------------------- through main.py
 
 
