@@ -67,6 +67,7 @@ class Data:
     tie_policy: str = choice(
         "file", ("file", "shuffle"), "order of equal timestamps: as in the file, or seeded random"
     )
+    seed: int = number(42, 0, 2**31 - 1, "of the mock data and of shuffled ties, not of the model")
     min_rating: float = number(0.0, 0.0, 1e9, "drop interactions rated below this (0 keeps all)")
     k_core: int = number(0, 0, 1000, "drop users and items with fewer interactions (0 keeps all)")
     features: str = choice("auto", ("auto", "none"), "load the feature files, or leave them out")

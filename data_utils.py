@@ -69,7 +69,7 @@ def load_dataset(config: Config) -> Dataset:
         min_rating=data.min_rating,
         k_core=data.k_core,
         tie_policy=data.tie_policy,
-        seed=config.run.seed,
+        seed=data.seed,
         features=data.features,
         use_cache=data.cache,
     )
