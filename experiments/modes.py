@@ -59,8 +59,8 @@ def baseline(request: Request) -> int:
 def _run_and_report(request: Request, names: list[str], config: Config, isolate: bool) -> int:
     for name in names:
         model_class(name)  # a misspelt name ends here, before anything is read or written
-    _announce(config)
     task = load_task(config)
+    _announce(config)
     with open_folder(request, config) as folder:
         places = _run_folders(folder, names, config)
         failed = [
