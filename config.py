@@ -70,7 +70,15 @@ class Data:
     seed: int = number(42, 0, 2**31 - 1, "of the mock data and of shuffled ties, not of the model")
     min_rating: float = number(0.0, 0.0, 1e9, "drop interactions rated below this (0 keeps all)")
     k_core: int = number(0, 0, 1000, "drop users and items with fewer interactions (0 keeps all)")
-    features: str = choice("auto", ("auto", "none"), "load the feature files, or leave them out")
+    features: str = choice(
+        "auto", ("auto", "text", "visual", "none"), "all features there are, one kind, or none"
+    )
+    edition: str = setting(
+        "", "amazon: 2014/Beauty, 2023/All_Beauty, ...; movielens: ml-25m, ml-1m, ... (empty: any)"
+    )
+    features_from: str = setting("", "folder of items.csv and <modality>.npy, for raw files only")
+    text_encoder: str = setting("all-MiniLM-L6-v2", "sentence-transformers name or local folder")
+    image_encoder: str = setting("efficientnet_b0", "torchvision name, or NAME:FILE.pth")
     cache: bool = setting(True, "keep prepared arrays under data_dir/cache")
 
 
@@ -153,6 +161,7 @@ class RPG:
     pca: int = number(
         0, 0, 8192, "whitened PCA width before OPQ; 0: 512 of wide features, else 128"
     )
+    features: str = choice("all", ("all", "text"), "what IDs are made of: all modalities, or text")
     tokenizer: str = choice("opq", ("opq", "random"), "random codes are the control")
     decoding: str = choice(
         "exhaustive", ("exhaustive", "graph"), "score all items, or walk the graph"
@@ -166,24 +175,59 @@ class RPG:
 class PMAT:
     """our_models/pmat.py"""
 
-    shared_digits: int = number(16, 1, 1024, "codes of an ID that are the same for everybody")
+    shared_digits: int = number(16, 0, 1024, "codes of an ID that are the same for everybody")
     personal_digits: int = number(16, 1, 1024, "codes that depend on user and item")
     codes: int = number(256, 2, 65536, "codes per digit")
     latent: int = number(64, 4, 4096, "width of each modality before the blend")
     grid: int = number(4, 1, 64, "steps of a modality weight: weights are multiples of 1 / grid")
     personalised: str = choice(
-        "user_item", ("user_item", "user", "item", "none"), "what modality weights depend on"
+        "user_item",
+        ("user_item", "user", "item", "none", "random", "permuted"),
+        "what modality weights depend on; the last two are controls",
     )
+    law: str = setting("", "random weights: probability of each blend, with commas (even if empty)")
+    fusion: str = choice(
+        "early", ("early", "late"), "weigh modalities before the codes, or fixed codes after"
+    )
+    prefix: bool = setting(False, "add the user context to the state of the generator")
+    dynamic: bool = setting(True, "weights follow the history; else the first items decide")
+    warm_items: int = number(3, 1, 1000, "items that decide where weights do not follow")
+    consistency: float = number(0.01, 0.0, 100.0, "weight of the change of alpha from step to step")
+    digit_loss: float = number(0.0, 0.0, 100.0, "weight of the cross-entropy of single digits")
     context: int = number(64, 4, 4096, "width of the user context that weights come from")
     attention: int = number(32, 4, 4096, "width of the modality attention")
-    residual: bool = setting(False, "add a dense item vector to the sum of codes (beta > 0)")
+    sharpness: float = number(
+        8.0, 0.0, 100.0, "alpha starts as softmax(sharpness x coherence of the history)"
+    )
+    beta: float = number(
+        0.0, 0.0, 100.0, "weight of a dense item vector beside the codes (0: none)"
+    )
     width: int = number(64, 4, 8192, "code vectors and hidden width")
     layers: int = number(2, 1, 64, "blocks")
     heads: int = number(1, 1, 64, "attention heads")
     dropout: float = number(0.5, 0.0, 0.95, "everywhere")
     filter: float = number(0.7, 0.0, 1.0, "weight of the frequency filter against attention")
     cutoff: int = number(5, 1, 1000, "low frequencies of the filter: cutoff // 2 + 1 pass")
-    negatives: int = number(2048, 1, 10_000_000, "items sampled for the softmax of a step")
+    negatives: int = number(1024, 1, 10_000_000, "items sampled for the softmax of a step")
+
+
+@dataclass
+class MCRL:
+    """our_models/mcrl.py; sizes of latents, codes and grid are those of PMAT."""
+
+    user: float = number(1.0, 0.0, 1e3, "weight of level 1, users with what they engage next")
+    intra: float = number(0.1, 0.0, 1e3, "weight of level 2, feature neighbours in a modality")
+    inter: float = number(0.1, 0.0, 1e3, "weight of level 3, shared parts of two modalities")
+    commit: float = number(0.1, 0.0, 1e3, "weight of the distance between items and their codes")
+    similar: float = number(0.1, 0.0, 1.0, "share of level 1 that is the most similar user's item")
+    temperature: float = number(0.1, 1e-3, 10.0, "tau of the three levels")
+    neighbours: int = number(10, 1, 1000, "nearest items that level 2 draws a partner from")
+    lambda_pmat: float = number(1.0, 0.0, 1e3, "weight of PMAT's losses in pmat_mcrl")
+    lambda_mcrl: float = number(0.05, 0.0, 1e3, "weight of the levels in pmat_mcrl")
+    stage_one_epochs: int = number(10, 0, 100_000, "passes of the encoders before IDs are made")
+    stage_one_batch: int = number(512, 2, 1_000_000, "prefixes per step of stage one")
+    stage_one_lr: float = number(1e-3, 0.0, 10.0, "learning rate of stage one")
+    window: int = number(20, 1, 10_000, "items of a history that stage one looks at")
 
 
 @dataclass
@@ -198,6 +242,7 @@ class Config:
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
     pmat: PMAT = field(default_factory=PMAT)
+    mcrl: MCRL = field(default_factory=MCRL)
 
     def n_items(self, catalogue: Any = None) -> int:
         """Items of `catalogue`, or of the mock data set when a model is built without one."""
@@ -217,6 +262,13 @@ MODE_DEFAULTS: dict[str, dict[str, Any]] = {
 # By the name of the data set (its folder, or `mock`).
 DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "movielens-small": {"data.k_core": 5},
+    # raw files: `amazon` and `movielens` by name, the others by the folder they were unpacked to
+    "amazon": {"data.k_core": 5},
+    "movielens": {"data.k_core": 5},
+    "ml-latest-small": {"data.k_core": 5},
+    "ml-latest": {"data.k_core": 5},
+    "ml-25m": {"data.k_core": 5},
+    "ml-1m": {"data.k_core": 5},
 }
 
 # By model; under "*" for every data set, else by the data set's name.
@@ -230,6 +282,14 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mock": {"train.lr": 1e-3, "train.epochs": 15, "bsarec.dropout": 0.2},
     },
     "pmat": {
+        "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
+        "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
+    },
+    "mcrl": {
+        "*": {"train.lr": 1e-3, "train.batch_size": 512, "train.epochs": 30},
+        "mock": {"train.batch_size": 256, "train.epochs": 20, "pmat.codes": 32},
+    },
+    "pmat_mcrl": {
         "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
         "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
     },

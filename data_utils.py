@@ -2,11 +2,16 @@
 
 The face of `data_readers`: `load_dataset(config)` reads, `split_dataset` holds out, `train_batches`
 and `eval_batches` yield numpy batches whose fields are those of `model_parts.base.Batch`.
+
+`python data_utils.py inspect PATH` prints a data card of any data set.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -14,8 +19,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import data_readers
-from config import Config
+from config import Config, ConfigError, build_config
+from data_readers.card import data_card
 from data_readers.tables import TEST, TRAIN, VALID, Catalogue, Dataset, Sequences
+from util import UserError
 
 __all__ = ["Catalogue", "Dataset", "Sequences", "load_dataset", "split_dataset"]
 
@@ -72,6 +79,9 @@ def load_dataset(config: Config) -> Dataset:
         seed=data.seed,
         features=data.features,
         use_cache=data.cache,
+        raw=data_readers.RawChoices(
+            data.edition, data.features_from, data.text_encoder, data.image_encoder
+        ),
     )
 
 
@@ -255,3 +265,38 @@ def prefetch(batches: Iterator, ahead: int) -> Iterator:
             yield batch
     finally:
         stopped.set()
+
+
+# --------------------------------------------------------------------------- data card
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`inspect PATH`: print a data card. 0 done, 2 the user's mistake."""
+    parser = argparse.ArgumentParser(description="Look at a data set as main.py would read it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="print a data card")
+    inspect.add_argument("dataset", metavar="PATH", help="a folder, mock, amazon or movielens")
+    inspect.add_argument("--data_dir", default="./data", help="folder of the data sets")
+    inspect.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
+    found = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        given = {"data.dataset": found.dataset, "data.data_dir": found.data_dir}
+        for text in found.set:
+            key, separator, value = text.partition("=")
+            if not separator:
+                raise ConfigError(f"--set {text}: write it as key=value.")
+            given[key.strip()] = value.strip()
+        config = build_config(given)
+        dataset = load_dataset(config)
+        choices = ("min_rating", "k_core", "tie_policy", "features")
+        read_with = ", ".join(f"{key} {getattr(config.data, key)}" for key in choices)
+        print(data_card(dataset, leave_one_out(dataset.sequences), read_with))
+    except (ConfigError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -100,5 +100,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def __getattr__(name: str) -> Any:
+    """`main.train_mcrl_model` and `main.run_mcrl_experiment`, where users of old scripts look."""
+    if name in {"train_mcrl_model", "run_mcrl_experiment"}:
+        from experiments import mcrl
+
+        return getattr(mcrl, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -91,17 +91,27 @@ class RPG(Recommender):
         shape = (data.n_items, self.own.digits)
         codes = torch.randint(self.own.codes, shape, generator=generator)
         if self.own.tokenizer == "opq":
-            features, present = item_features(data.catalogue)
             in_train = torch.zeros(data.n_items, dtype=torch.bool)
             in_train[torch.tensor(data.train.items, dtype=torch.long) - 1] = True
-            codes[present] = self._quantise(features, in_train & present, generator)[present]
+            white, present = self._item_vectors(data.catalogue, in_train)
+            codes[present] = self._quantise(white, in_train & present, generator)[present]
         self.codes.copy_(codes)
         self._forget_graph()
 
-    def _quantise(self, features: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Features [N, d] -> codes [N, m]: whitened PCA, cut to a multiple of m, OPQ."""
+    def _item_vectors(self, catalogue: Any, in_train: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened principal components of each modality in a row, and which items have any."""
+        parts, known = [], []
+        for features, has in chosen_modalities(catalogue, self.own.features):
+            features = torch.tensor(features, dtype=torch.float32)
+            has = torch.tensor(has, dtype=torch.bool)
+            width = self.own.pca or _pca_width(features.shape[1])
+            parts.append(whitened_pca(features, in_train & has, width) * has[:, None])
+            known.append(has)
+        return torch.cat(parts, dim=1), torch.stack(known).any(0)
+
+    def _quantise(self, white: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
+        """White vectors [N, d] -> codes [N, m]: cut to a multiple of m, OPQ."""
         digits = self.own.digits
-        white = whitened_pca(features, fit_rows, self.own.pca or _pca_width(features.shape[1]))
         width = white.shape[1] - white.shape[1] % digits
         # too few components for m digits: zeros fill up, and the quantiser mixes the directions
         white = white[:, :width] if width else F.pad(white, (0, digits - white.shape[1]))
@@ -182,18 +192,17 @@ def _pca_width(width: int) -> int:
     return 512 if width > 1024 else 128
 
 
-def item_features(catalogue: Any) -> tuple[Tensor, Tensor]:
-    """Features [N, d] and which items have them [N]: text, or without text all modalities in a row.
+def chosen_modalities(catalogue: Any, features: str) -> list[tuple[Any, Any]]:
+    """The text, or all modalities (also where there is no text).
 
     Raises ValueError for a catalogue without features.
     """
     modalities = getattr(catalogue, "modalities", None) or {}
-    chosen = [modalities["text"]] if "text" in modalities else list(modalities.values())
-    if not chosen:
+    if not modalities:
         raise ValueError(
             "RPG needs item features to build semantic IDs and this data set has none: add a "
             "feature file such as text.npy, or use random codes with --set rpg.tokenizer=random."
         )
-    features = torch.cat([torch.tensor(part[0], dtype=torch.float32) for part in chosen], dim=1)
-    present = torch.stack([torch.tensor(part[1], dtype=torch.bool) for part in chosen]).any(0)
-    return features, present
+    if features == "text" and "text" in modalities:
+        return [modalities["text"]]
+    return list(modalities.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,27 +17,61 @@ from pathlib import Path
 import numpy as np
 
 from data_readers.tables import Catalogue, Dataset, Modality, Sequences
-from util import UserError
+from util import UserError, write_json
 
 log = logging.getLogger("pmat")
 
 FORMAT = 1  # raise it when a reader or the layout below changes what it stores
+_LARGE = 2**26  # bytes; smaller files are hashed anew each time
+_SETTLED = 5  # seconds
 _ABANDONED = 3600  # seconds after which a half-written cache is taken for a killed run's
 _warned: set[Path] = set()
 
 
-def fingerprint(files: Iterable[Path], options: dict) -> str:
-    """Hex hash of the files' names and bytes, the options and the cache format."""
+def fingerprint(files: Iterable[Path], options: dict, cache_dir: Path | None = None) -> str:
+    """Hex hash of the files' names and bytes, the options and the cache format.
+
+    A large file is read only once: with `cache_dir` its hash is kept there and holds as long as
+    its size and time of change do. Raises UserError for a file that cannot be read.
+    """
     digest = hashlib.blake2b(json.dumps([FORMAT, options], sort_keys=True).encode(), digest_size=16)
     for path in sorted(files):
         try:
-            digest.update(f"\n{path.name} {path.stat().st_size}\n".encode())
-            with open(path, "rb") as file:
-                while chunk := file.read(2**22):
-                    digest.update(chunk)
+            state = path.stat()
+            digest.update(f"\n{path.name} {state.st_size}\n".encode())
+            if state.st_size >= _LARGE:
+                digest.update(_remembered(path, state, cache_dir))
+            else:
+                digest.update(path.read_bytes())
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); check it.") from None
     return digest.hexdigest()
+
+
+def _remembered(path: Path, state: os.stat_result, cache_dir: Path | None) -> bytes:
+    """Hash of a large file's bytes, from `cache_dir/hashes.json` where that knows it."""
+    book = cache_dir and cache_dir / "hashes.json"
+    name, stamp = str(path.resolve()), [state.st_size, state.st_mtime_ns]
+    known = _read_json(book).get(name) if book else None
+    if isinstance(known, list) and known[:2] == stamp:
+        return bytes.fromhex(known[2])
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(digest_size=16)
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    # A file changed within the last seconds may change again without its time showing it.
+    if book and time.time() - state.st_mtime > _SETTLED:
+        with contextlib.suppress(UserError):  # no cache can be kept there: `store` will say so
+            write_json(book, {**_read_json(book), name: [*stamp, digest.hexdigest()]})
+    return digest.digest()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def prepared(cache_dir: Path | None, name: str, key: str, build: Callable[[], Dataset]) -> Dataset:

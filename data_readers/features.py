@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,15 +17,19 @@ _BLOCK = 2**20  # entries converted at a time, 8 MB as float64: files may be lar
 
 
 def find_features(
-    folder: Path, suffix: str = ".npy", renamed: dict[str, str] | None = None
+    folder: Path,
+    features: str = "auto",
+    suffix: str = ".npy",
+    renamed: dict[str, str] | None = None,
 ) -> dict[str, Path]:
     """Modality -> file for every `<name><suffix>` in the folder, visual, text and audio first.
 
-    `renamed` maps a name in the files to the modality it means. Raises UserError for a name with
-    odd characters and for two files of one modality.
+    `features` is the setting of that name: all files, those of one modality, or none. `renamed`
+    maps a name in the files to the modality it means. Raises UserError for a name with odd
+    characters, for two files of one modality, and where the one that was asked for is not there.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob(f"*{suffix}")):
+    for path in sorted(folder.glob(f"*{suffix}")) if features != "none" else ():
         stem = path.name.removesuffix(suffix)
         name = (renamed or {}).get(stem, stem)
         if not re.fullmatch(r"[\w-]+", name):
@@ -34,6 +39,18 @@ def find_features(
                 f"{path} and {found[name].name} both hold modality {name!r}; remove one of them."
             )
         found[name] = path
+    if features in ("auto", "none"):
+        return in_order(found)
+    if features not in found:
+        raise UserError(
+            f"{folder} has no {features}{suffix}, which data.features={features} asks for; "
+            "add the file, or set data.features to auto or none."
+        )
+    return {features: found[features]}
+
+
+def in_order(found: dict[str, Any]) -> dict[str, Any]:
+    """The same entries by modality: visual, text and audio first, the others by name."""
     rank = {name: i for i, name in enumerate(FIRST)}
     return {name: found[name] for name in sorted(found, key=lambda n: (rank.get(n, len(FIRST)), n))}
 
@@ -68,7 +85,28 @@ def load_modality(path: Path, rows: np.ndarray, n_items: int, *, wanted: str) ->
             f"{path} has {len(raw)} rows but {wanted} gives {n_items} items; "
             "write one row per item, all NaN where the item has none."
         )
-    return _standardise_rows(raw, _present(raw, path), rows, path)
+    present = _present(raw, np.arange(len(raw)), path)[rows]
+    if not present.any():
+        rows_left = "every row" if len(rows) == len(raw) else "every row that k_core keeps"
+        raise UserError(
+            f"{path}: {rows_left} is NaN, so no item has this modality; remove the file."
+        )
+    return _scaled(raw, present, rows)
+
+
+def pick_rows(raw: np.ndarray, rows: np.ndarray, path: Path) -> Modality:
+    """Rows `rows` [N] of raw [R, d], -1 where an item has none, standardised over the others.
+
+    Only those rows are read. Raises UserError for bad numbers, as `load_modality` does, and where
+    no item has a row.
+    """
+    present = rows >= 0
+    present[present] = _present(raw, rows[present], path)
+    if not present.any():
+        raise UserError(
+            f"{path} has features of none of the {len(rows)} items; is it of another data set?"
+        )
+    return _scaled(raw, present, rows)
 
 
 def standardise(raw: np.ndarray, present: np.ndarray) -> Modality:
@@ -81,17 +119,8 @@ def standardise(raw: np.ndarray, present: np.ndarray) -> Modality:
     return _scaled(raw, present, np.arange(len(raw)))
 
 
-def _standardise_rows(raw, present, rows: np.ndarray, path: Path) -> Modality:
-    if not present[rows].any():
-        rows_left = "every row" if len(rows) == len(raw) else "every row that k_core keeps"
-        raise UserError(
-            f"{path}: {rows_left} is NaN, so no item has this modality; remove the file."
-        )
-    return _scaled(raw, present, rows)
-
-
 def _scaled(raw: np.ndarray, present: np.ndarray, rows: np.ndarray) -> Modality:
-    present = present[rows]
+    """Rows `rows` [N] of raw; `present` [N] tells which of them count."""
     count, width = int(present.sum()), raw.shape[1]
     mean = np.zeros(width)
     for block in _blocks(len(rows), width):
@@ -109,23 +138,23 @@ def _scaled(raw: np.ndarray, present: np.ndarray, rows: np.ndarray) -> Modality:
     return Modality(out, present)
 
 
-def _present(raw: np.ndarray, path: Path) -> np.ndarray:
-    """[rows] bool: False where a row is all NaN."""
-    present = np.ones(len(raw), bool)
-    for block in _blocks(*raw.shape):
+def _present(raw: np.ndarray, rows: np.ndarray, path: Path) -> np.ndarray:
+    """[N] bool: False where row `rows[i]` of raw is all NaN."""
+    present = np.ones(len(rows), bool)
+    for block in _blocks(len(rows), raw.shape[1]):
         with np.errstate(over="ignore"):
-            values = raw[block].astype(np.float32)  # what overflows here is inf to every model
+            values = raw[rows[block]].astype(np.float32)  # what overflows is inf to every model
         nan = np.isnan(values)
         missing = nan.all(axis=1)
-        _refuse(nan.any(axis=1) & ~missing, block, path, "NaN in part of its columns")
-        _refuse(np.isinf(values).any(axis=1), block, path, "an infinite value")
+        _refuse(nan.any(axis=1) & ~missing, rows[block], path, "NaN in part of its columns")
+        _refuse(np.isinf(values).any(axis=1), rows[block], path, "an infinite value")
         present[block] = ~missing
     return present
 
 
-def _refuse(bad: np.ndarray, block: slice, path: Path, what: str) -> None:
+def _refuse(bad: np.ndarray, rows: np.ndarray, path: Path, what: str) -> None:
     if bad.any():
-        row = block.start + int(np.argmax(bad))
+        row = rows[int(np.argmax(bad))]
         raise UserError(
             f"{path}, row {row} (counted from 0) has {what}; "
             "mend the row, or make all of it NaN if the item lacks this modality."

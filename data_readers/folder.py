@@ -34,7 +34,7 @@ def read_folder(
 ) -> Dataset:
     """Read a data folder, through the cache where `cache_dir` is given. Raises UserError."""
     path = Path(path)
-    features = find_features(path) if options.features == "auto" else {}
+    features = find_features(path, options.features)
     if features and not (path / "items.csv").is_file():
         raise UserError(
             f"{path} has {next(iter(features.values())).name} but no items.csv: its rows have no "
@@ -43,7 +43,7 @@ def read_folder(
     optional = [path / "items.csv", path / "dataset.yaml"]
     files = [path / "interactions.csv", *filter(Path.is_file, optional), *features.values()]
     name = dataset_name(path, path.resolve().name)
-    key = cache.fingerprint(files, {"layout": "folder", **options.identity()})
+    key = cache.fingerprint(files, {"layout": "folder", **options.identity()}, cache_dir)
     build = lambda: _build(path, name, features, options, key)  # noqa: E731
     return cache.prepared(cache_dir, name, key, build)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data_readers.parsing import Table
 from data_readers.tables import Sequences
 from util import UserError
 
 log = logging.getLogger("pmat")
 
 TIE_POLICIES = ("file", "shuffle")
-FEATURES = ("auto", "none")
+FEATURES = ("auto", "text", "visual", "none")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Options:
     k_core: int = 0  # drop users and items until each has this many interactions
     tie_policy: str = "file"  # equal timestamps of a user: file order, or seeded shuffle
     seed: int = 42  # of that shuffle
-    features: str = "auto"  # "none" leaves feature files unread
+    features: str = "auto"  # all there are, only "text" or "visual", or "none"
 
     def __post_init__(self) -> None:
         if self.tie_policy not in TIE_POLICIES:
@@ -45,6 +45,15 @@ class Options:
 
 
 DEFAULTS = Options()
+
+
+class RawFile(Protocol):
+    """The file that rows came from, to name in messages: `parsing.Table` is one."""
+
+    path: Path
+
+    def line(self, row: int) -> int:
+        """Line of the file on which row `row` (from 0) starts."""
 
 
 class Interactions(NamedTuple):
@@ -66,19 +75,24 @@ class Arranged(NamedTuple):
     items: np.ndarray  # [N'] which item codes remain, in order
 
 
-def arrange(raw: Interactions, n_items: int, options: Options, table: Table) -> Arranged:
+def arrange(
+    raw: Interactions, n_items: int, options: Options, source: RawFile, *, once: bool = False
+) -> Arranged:
     """Sort by user and time, drop duplicates, apply min_rating, then k_core.
 
-    Users and items are dropped only by k_core; min_rating alone may leave a history empty.
-    Raises UserError where nothing remains or min_rating finds no ratings.
+    With `once` only the first of a user's interactions with an item counts. Users and items are
+    dropped only by k_core; min_rating alone may leave a history empty. Raises UserError where
+    nothing remains or min_rating finds no ratings.
     """
     n_users = int(raw.users.max()) + 1
     order = time_order(raw, options)  # everything below narrows this index into the raw rows
-    order = order[~_duplicates(raw, order, table)]
+    order = order[~_duplicates(raw, order, source)]
+    if once:
+        order = order[_firsts(raw.users[order], raw.items[order], n_items)]
     if options.min_rating > 0:
         if raw.ratings is None:
             raise UserError(
-                f"{table.path} has no column 'rating', which min_rating={options.min_rating} "
+                f"{source.path} has no column 'rating', which min_rating={options.min_rating} "
                 "needs; add the column or set min_rating to 0."
             )
         order = order[raw.ratings[order] >= options.min_rating]
@@ -88,7 +102,7 @@ def arrange(raw: Interactions, n_items: int, options: Options, table: Table) -> 
         users, items = np.unique(raw.users[order]), np.unique(raw.items[order])
     if not len(order):
         raise UserError(
-            f"{table.path}: no interaction is left with min_rating={options.min_rating} and "
+            f"{source.path}: no interaction is left with min_rating={options.min_rating} and "
             f"k_core={options.k_core}; lower them."
         )
     users = np.arange(n_users) if users is None else users
@@ -117,7 +131,7 @@ def time_order(raw: Interactions, options: Options) -> np.ndarray:
     return np.lexsort((ties, raw.timestamps, raw.users))
 
 
-def _duplicates(raw: Interactions, order: np.ndarray, table: Table) -> np.ndarray:
+def _duplicates(raw: Interactions, order: np.ndarray, source: RawFile) -> np.ndarray:
     """[R] bool over `order`: the same user, item and timestamp as an earlier row of the file."""
     repeated = np.zeros(len(order), bool)
     if raw.timestamps is None:
@@ -136,9 +150,17 @@ def _duplicates(raw: Interactions, order: np.ndarray, table: Table) -> np.ndarra
     if repeated.any():
         log.warning(
             "%s: dropped %d rows that repeat an earlier user, item and timestamp, first at line %d",
-            table.path, repeated.sum(), table.line(order[repeated].min()),
+            source.path, repeated.sum(), source.line(order[repeated].min()),
         )  # fmt: skip
     return repeated
+
+
+def _firsts(users: np.ndarray, items: np.ndarray, n_items: int) -> np.ndarray:
+    """[R] bool: the first row of each user and item."""
+    first = np.unique(users.astype(np.int64) * n_items + items, return_index=True)[1]
+    mask = np.zeros(len(users), bool)
+    mask[first] = True
+    return mask
 
 
 def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import pandas as pd
 from data_readers import cache
 from data_readers.features import find_features, load_modality, open_features
 from data_readers.interactions import DEFAULTS, Interactions, Options, arrange
-from data_readers.parsing import ID, REAL, WHOLE, Table, dataset_name, read_table
+from data_readers.parsing import ID, REAL, WHOLE, Form, Table, dataset_name, read_table
 from data_readers.tables import TEST, TRAIN, VALID, Catalogue, Dataset
 from util import UserError
 
@@ -43,11 +43,11 @@ def read_mmrec(
     source = inter_file(path)
     if source is None:
         raise UserError(f"{path} has no .inter file; put <name>.inter there.")
-    features = find_features(path, SUFFIX, RENAMED) if options.features == "auto" else {}
+    features = find_features(path, options.features, SUFFIX, RENAMED)
     files = [source, *filter(Path.is_file, [path / "dataset.yaml"]), *features.values()]
     name = dataset_name(path, source.stem)
     layout = {"layout": "mmrec", "modalities": list(features)}
-    key = cache.fingerprint(files, {**layout, **options.identity()})
+    key = cache.fingerprint(files, {**layout, **options.identity()}, cache_dir)
     build = lambda: _build(source, name, features, options, key)  # noqa: E731
     return cache.prepared(cache_dir, name, key, build)
 
@@ -56,10 +56,12 @@ def _build(
     source: Path, name: str, features: dict[str, Path], options: Options, key: str
 ) -> Dataset:
     columns = {"userID": ID, "itemID": WHOLE, "rating": REAL, "timestamp": WHOLE, "x_label": WHOLE}
-    table = read_table(source, columns, sep="\t", optional=("rating", "timestamp", "x_label"))
+    table = read_table(
+        source, columns, form=Form("\t"), optional=("rating", "timestamp", "x_label")
+    )
     codes, seen = pd.factorize(table.frame["userID"].cat.codes.to_numpy())
     user_ids = np.asarray(table.frame["userID"].cat.categories[seen], dtype=object).astype(str)
-    items = _whole(table, "itemID")
+    items = table.whole("itemID")
     n_items = _count_items(table, items, features)
     raw = Interactions(
         users=codes,
@@ -101,17 +103,10 @@ def _optional(table: Table, column: str) -> np.ndarray | None:
     return table.frame[column].to_numpy() if column in table.frame else None
 
 
-def _whole(table: Table, column: str) -> np.ndarray:
-    """[R] int64. Raises UserError for a value with decimals."""
-    values = table.frame[column].to_numpy()
-    table.check(column, values == np.floor(values), "{} is not a whole number; mend the cell")
-    return values.astype(np.int64)
-
-
 def _labels(table: Table) -> np.ndarray | None:
     if "x_label" not in table.frame:
         return None
-    labels = _whole(table, "x_label")
+    labels = table.whole("x_label")
     allowed = np.isin(labels, (TRAIN, VALID, TEST))
     table.check("x_label", allowed, "{} is not 0 (train), 1 (valid) or 2 (test); mend the cell")
     return labels.astype(np.int8)

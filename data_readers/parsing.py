@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import warnings
 from collections import deque
@@ -22,17 +23,38 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _INT64_LIMIT = 2.0**63
 
 
+class Form(NamedTuple):
+    """How a file is laid out."""
+
+    sep: str = ","  # one character, or "::", which no field may then contain and no quotes protect
+    names: tuple[str, ...] = ()  # of the columns where the file has no header line
+    encoding: str = "utf-8"
+
+    @property
+    def delimiter(self) -> str:
+        """What `sep` is turned into for parsers that want one character."""
+        return self.sep if len(self.sep) == 1 else "\t"
+
+    @property
+    def quoting(self) -> int:
+        """Whether double quotes protect a separator, as the csv module names it."""
+        return csv.QUOTE_MINIMAL if len(self.sep) == 1 else csv.QUOTE_NONE
+
+
+CSV = Form()
+
+
 class Table(NamedTuple):
     """A parsed file which still knows where each of its rows came from."""
 
     path: Path
-    sep: str
+    form: Form
     frame: pd.DataFrame
 
     def line(self, row: int) -> int:
-        """Line of the file on which data row `row` (from 0) starts; the header is line 1."""
+        """Line of the file on which data row `row` (from 0) starts; a header is line 1."""
         # Rereading beats row + 2: blank lines are skipped, quoted fields may span lines.
-        return next(line for i, (line, _) in enumerate(_records(self.path, self.sep)) if i == row)
+        return next(line for i, (line, _) in enumerate(_records(self.path, self.form)) if i == row)
 
     def fault(self, row: int, column: str, problem: str) -> UserError:
         """The error to raise for one cell; `problem` says what is wrong and what to do."""
@@ -46,9 +68,15 @@ class Table(NamedTuple):
             shown = repr(value.item() if isinstance(value, np.generic) else value)
             raise self.fault(row, column, problem.format(shown))
 
+    def whole(self, column: str) -> np.ndarray:
+        """[rows] int64. Raises UserError for a value with decimals."""
+        values = self.frame[column].to_numpy()
+        self.check(column, values == np.floor(values), "{} is not a whole number; mend the cell")
+        return values.astype(np.int64)
+
 
 def read_table(
-    path: Path, columns: dict[str, str], *, sep: str = ",", optional: tuple[str, ...] = ()
+    path: Path, columns: dict[str, str], *, form: Form = CSV, optional: tuple[str, ...] = ()
 ) -> Table:
     """Read the columns named in `columns` (name -> ID, TEXT, WHOLE or REAL).
 
@@ -57,17 +85,17 @@ def read_table(
     missing or empty file, a missing column, lines of the wrong length, bytes that are not UTF-8,
     empty ids and cells that are not finite numbers.
     """
-    header = _header(path, sep)
+    header = _header(path, form)
     missing = [name for name in columns if name not in header and name not in optional]
     if missing:
         raise UserError(
             f"{path}, line 1: column {missing[0]!r} is missing; "
             f"add it or rename one of those found: {', '.join(header)}."
         )
-    frame = _parse(path, sep, header, {name: columns.get(name, ID) for name in header})
+    frame = _parse(path, form, header, {name: columns.get(name, ID) for name in header})
     if not len(frame):
         raise UserError(f"{path} has a header but no rows; add at least one row.")
-    table = Table(path, sep, frame[[name for name in columns if name in header]])
+    table = Table(path, form, frame[[name for name in columns if name in header]])
     for name in table.frame:
         if columns[name] == ID:
             empty = table.frame[name].cat.categories.str.strip() == ""
@@ -100,10 +128,13 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror}); check it.") from None
 
 
-def _header(path: Path, sep: str) -> list[str]:
+def _header(path: Path, form: Form) -> list[str]:
+    """Names of the columns, from the first line unless the form gives them."""
     try:
+        if form.names and path.stat().st_size:
+            return list(form.names)
         with open(path, encoding="utf-8-sig", newline="") as file:
-            header = [name.strip() for name in next(csv.reader(file, delimiter=sep), [])]
+            header = [name.strip() for name in next(csv.reader(file, delimiter=form.sep), [])]
     except UnicodeDecodeError:
         raise _encoding_fault(path) from None
     except (OSError, csv.Error) as error:
@@ -117,7 +148,7 @@ def _header(path: Path, sep: str) -> list[str]:
     return header
 
 
-def _parse(path: Path, sep: str, header: list[str], kinds: dict[str, str]) -> pd.DataFrame:
+def _parse(path: Path, form: Form, header: list[str], kinds: dict[str, str]) -> pd.DataFrame:
     """One pass of the C parser, two if a WHOLE column turns out to hold decimals."""
     for whole in (WHOLE, REAL):
         # Ids are read as text first: asked for categories, pandas makes numbers of "007".
@@ -129,35 +160,47 @@ def _parse(path: Path, sep: str, header: list[str], kinds: dict[str, str]) -> pd
                 warnings.simplefilter("ignore", RuntimeWarning)  # inf cells: refused by the caller
                 # No usecols: with it pandas lets over-long lines pass, an unquoted comma say.
                 frame = pd.read_csv(
-                    path, sep=sep, names=header, header=0, index_col=False, dtype=dtypes,
-                    na_filter=False, encoding="utf-8",
+                    _source(path, form), sep=form.delimiter, quoting=form.quoting, names=header,
+                    header=None if form.names else 0, index_col=False, dtype=dtypes,
+                    na_filter=False, encoding=form.encoding,
                 )  # fmt: skip
                 ids = {name: "category" for name, kind in kinds.items() if kind == ID}
                 return frame.astype(ids)
         except UnicodeDecodeError:
             raise _encoding_fault(path) from None
         except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-            raise _length_fault(path, sep, len(header), error) from None
+            raise _length_fault(path, form, len(header), error) from None
         except (ValueError, OverflowError) as error:
             reason = error
-    raise _number_fault(path, sep, header, kinds, reason)
+    raise _number_fault(path, form, header, kinds, reason)
 
 
-def _records(path: Path, sep: str) -> Iterator[tuple[int, list[str]]]:
+def _source(path: Path, form: Form) -> Path | io.BytesIO:
+    """What pandas reads. It has no fast parser for "::", so such a file is rewritten in memory."""
+    if len(form.sep) == 1:
+        return path
+    return io.BytesIO(path.read_bytes().replace(form.sep.encode(), form.delimiter.encode()))
+
+
+def _records(path: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
     """(first line, fields) of each data row as the C parser counts them: blank lines skipped."""
     csv.field_size_limit(2**31 - 1)  # an unclosed quote may swallow megabytes: say where it began
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader((line.replace("\0", " ") for line in file), delimiter=sep)
+    encoding = "utf-8-sig" if form.encoding == "utf-8" else form.encoding
+    with open(path, encoding=encoding, newline="") as file:
+        lines = (line.replace("\0", " ").replace(form.sep, form.delimiter) for line in file)
+        reader = csv.reader(lines, delimiter=form.delimiter, quoting=form.quoting)
         start = 1
         for record in reader:
-            if start > 1 and (len(record) > 1 or "".join(record).strip()):
+            if (start > 1 or form.names) and (len(record) > 1 or "".join(record).strip()):
                 yield start, record
             start = reader.line_num + 1
 
 
-def _first(path: Path, sep: str, bad: Callable[[list[str]], bool]) -> tuple[int, list[str]] | None:
+def _first(
+    path: Path, form: Form, bad: Callable[[list[str]], bool]
+) -> tuple[int, list[str]] | None:
     """The first record that is bad: a slow search, made only once parsing has failed."""
-    return next(((line, rec) for line, rec in _records(path, sep) if bad(rec)), None)
+    return next(((line, rec) for line, rec in _records(path, form) if bad(rec)), None)
 
 
 def _fault(path: Path, line: int, column: str, problem: str) -> UserError:
@@ -177,22 +220,24 @@ def _encoding_fault(path: Path) -> UserError:
     return UserError(f"{path} is not UTF-8; save it as UTF-8.")
 
 
-def _length_fault(path: Path, sep: str, width: int, error: Exception) -> UserError:
-    found = _first(path, sep, lambda record: len(record) > width)
+def _length_fault(path: Path, form: Form, width: int, error: Exception) -> UserError:
+    found = _first(path, form, lambda record: len(record) > width)
     if found is None:
         reason = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        last = deque(_records(path, sep), maxlen=1)  # an open quote swallows all rows below it
+        last = deque(_records(path, form), maxlen=1)  # an open quote swallows all rows below it
         where = f"{path}, line {last[0][0]}:" if last else f"{path}"
         return UserError(f"{where} cannot be parsed ({reason}); look for an unclosed quote.")
     line, record = found
+    found = f"{path}, line {line}: {len(record)} fields where"
+    if form.names:
+        return UserError(f"{found} there are {width} columns; remove the stray {form.sep!r}.")
     return UserError(
-        f"{path}, line {line}: {len(record)} fields where the header has {width}; "
-        f"put fields that contain {sep!r} in double quotes."
+        f"{found} the header has {width}; put fields that contain {form.sep!r} in double quotes."
     )
 
 
 def _number_fault(
-    path: Path, sep: str, header: list[str], kinds: dict[str, str], error: Exception
+    path: Path, form: Form, header: list[str], kinds: dict[str, str], error: Exception
 ) -> UserError:
     """Name the first cell of a numeric column that is no number (or does not fit 64 bits)."""
     numeric = [i for i, name in enumerate(header) if kinds[name] in (WHOLE, REAL)]
@@ -205,7 +250,7 @@ def _number_fault(
             if not _NUMBER.fullmatch(cell) or abs(float(cell)) >= _INT64_LIMIT
         ]
 
-    found = _first(path, sep, lambda record: bool(broken(record)))
+    found = _first(path, form, lambda record: bool(broken(record)))
     if found is None:
         return UserError(f"{path} cannot be parsed ({error}); check its numeric columns.")
     line, record = found

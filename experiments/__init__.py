@@ -10,6 +10,7 @@ from typing import Any
 MODES = {
     "quick": "experiments.modes:quick",
     "baseline": "experiments.modes:baseline",
+    "mcrl": "experiments.mcrl:run_mcrl_experiment",
 }
 
 

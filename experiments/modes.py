@@ -60,19 +60,25 @@ def _run_and_report(request: Request, names: list[str], config: Config, isolate:
     for name in names:
         model_class(name)  # a misspelt name ends here, before anything is read or written
     task = load_task(config)
-    _announce(config)
+    announce(config)
     with open_folder(request, config) as folder:
         places = _run_folders(folder, names, config)
         failed = [
             place
             for place, (name, seed) in places.items()
-            if not _run_once(request.config(name), seed, task, place, isolate)
+            if not run_once(request.config(name), seed, task, place, isolate)
         ]
         if rank() == 0:
             _report([place for place in places if place not in failed], folder, config)
-            if not failed:
-                (folder / UNFINISHED).unlink(missing_ok=True)
+            finish(folder, failed)
     return len(failed)
+
+
+def finish(folder: Path, failed: list[Path]) -> None:
+    """Say where everything is; without failures there is nothing left to resume."""
+    print(f"\nEverything is in {folder}")
+    if not failed:
+        (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def _run_folders(folder: Path, names: list[str], config: Config) -> dict[Path, tuple[str, int]]:
@@ -84,7 +90,7 @@ def _run_folders(folder: Path, names: list[str], config: Config) -> dict[Path, t
     return {folder / f"{name}_seed{seed}": (name, seed) for name, seed in runs}
 
 
-def _run_once(config: Config, seed: int, task: Task, folder: Path, isolate: bool) -> bool:
+def run_once(config: Config, seed: int, task: Task, folder: Path, isolate: bool) -> bool:
     """Whether the run of this folder is finished now; with `isolate`, failures are only logged."""
     if from_first((folder / METRICS).exists()):
         return True
@@ -110,10 +116,10 @@ def _report(finished: list[Path], folder: Path, config: Config) -> None:
         if config.run.mode == "baseline":
             latest, mask_seen = Path(config.run.save_dir), config.train.mask_seen
             report.write_baseline(finished, folder, latest, mask_seen)
-    print(f"\nEverything is in {folder}")
 
 
-def _announce(config: Config) -> None:
+def announce(config: Config) -> None:
+    """Log the settings that make this run special."""
     changed = differences(config)
     logger.info(
         "Settings that differ from the defaults: %s",

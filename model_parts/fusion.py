@@ -1,8 +1,9 @@
 """User-item modality attention on a grid: which blend of an item's modalities a user sees.
 
 Weights are resolved to the simplex grid {0, 1/r, ..., 1}^M with sum 1, so that the codes of every
-item under every blend fit into one small table (the atlas). Letters: B users, N items,
-M modalities, G grid points, z width of a latent, d_a attention width.
+item under every blend fit into one small table (the atlas). Weights are laid out modality first,
+[M, ...]: M is two or three, and a softmax over a last axis that short is slow. Letters: B users,
+S items, P user-item pairs, M modalities, G grid points, z width of a latent, d_a attention width.
 """
 
 from __future__ import annotations
@@ -11,6 +12,15 @@ import itertools
 
 import torch
 from torch import Tensor, nn
+
+# Weights given to a modality an item lacks: e^-1e4 is 0 in any precision, and finite, so that an
+# item without any modality gets even weights and not NaN.
+_MISSING = -1e4
+# Multipliers of a hash of (user, item): large primes.
+_USER_PRIME, _ITEM_PRIME, _HASH_SIZE = 2_654_435_761, 40_503_001, 2**31 - 1
+
+
+# --------------------------------------------------------------------------- the grid
 
 
 def simplex_grid(modalities: int, resolution: int) -> Tensor:
@@ -29,8 +39,36 @@ def simplex_grid(modalities: int, resolution: int) -> Tensor:
 
 
 def nearest_grid_point(weights: Tensor, grid: Tensor) -> Tensor:
-    """Index of the grid point nearest to each weight vector: [..., M] -> [...] int64."""
-    return (weights @ grid.T - 0.5 * grid.square().sum(1)).argmax(-1)
+    """Index of the grid point nearest to each weight vector: [M, ...] -> [...] int64."""
+    flat = weights.flatten(1)
+    closeness = torch.addmm(-0.5 * grid.square().sum(1, keepdim=True), grid, flat)  # [G, ...]
+    best, index = closeness[0], torch.zeros_like(flat[0], dtype=torch.long)
+    for point, other in enumerate(closeness[1:], start=1):  # many times faster than argmax(0)
+        index.masked_fill_(other > best, point)
+        best = torch.maximum(best, other)
+    return index.view(weights.shape[1:])
+
+
+def random_grid_points(users: Tensor, rows: Tensor, law: Tensor) -> Tensor:
+    """A point for each user and item that is always the same and tells nothing: the control.
+
+    users and rows broadcast against each other; law [G] are the probabilities of the points.
+    """
+    mixed = (users * _USER_PRIME) ^ ((rows + 1) * _ITEM_PRIME)
+    mixed = (mixed ^ (mixed >> 13)) * _ITEM_PRIME
+    uniform = ((mixed ^ (mixed >> 17)) % _HASH_SIZE).double() / _HASH_SIZE
+    bounds = law.double().cumsum(0) / law.double().sum()
+    return torch.searchsorted(bounds, uniform, right=True).clamp(max=len(law) - 1)
+
+
+# --------------------------------------------------------------------------- the attention
+
+
+def coherence(sums: Tensor, counts: Tensor) -> Tensor:
+    """Mean cosine of two different items of a set, per modality: sums [..., M, z] of their unit
+    latents, counts [..., M] of how many there are -> [..., M], 0 for fewer than two."""
+    pairs = counts * (counts - 1)
+    return (sums.square().sum(-1) - counts) / pairs.clamp(min=1) * (pairs > 0)
 
 
 class ModalityAttention(nn.Module):
@@ -50,29 +88,40 @@ class ModalityAttention(nn.Module):
         self.of_user = nn.Linear(context, modalities) if level.startswith("user") else None
         self.of_item = nn.Linear(latent * modalities, modalities) if level == "item" else None
 
+    @torch.no_grad()
+    def start_from_coherence(self, sharpness: float) -> None:
+        """Let alpha begin as softmax(sharpness * coherence), the last M numbers of a context."""
+        if self.of_user is not None:
+            nn.init.zeros_(self.of_user.weight)
+            nn.init.zeros_(self.of_user.bias)
+            self.of_user.weight[:, -self.modalities :] = sharpness * torch.eye(self.modalities)
+
     def forward(self, context: Tensor, latents: Tensor, present: Tensor) -> Tensor:
-        """Every user with every item: context [B, c], latents [N, M, z] -> weights [B, N, M]."""
-        logits = context.new_zeros(len(context), *present.shape)
+        """Every user with every item: [B, c], [S, M, z], [S, M] -> weights [M, B, S]."""
+        logits = self._item_logits(latents, present)[:, None]  # [M, 1, S]
+        if self.of_user is not None:
+            logits = logits + self.of_user(context).T[:, :, None]
         if self.query is not None and self.key is not None:
-            queries = self._queries(context)  # [B, M, d_a]
-            logits = logits + torch.einsum("bmw,nmw->bnm", queries, self.key(latents))
-        return self._weights(logits, context[:, None], latents[None], present)
+            queries = self._queries(context).transpose(0, 1)  # [M, B, d_a]
+            keys = self.key(latents).permute(1, 2, 0)  # [M, d_a, S]
+            logits = torch.baddbmm(logits, queries, keys)
+        logits = logits.expand(-1, len(context), -1)
+        return torch.softmax(logits, dim=0)
 
     def pairs(self, context: Tensor, latents: Tensor, present: Tensor) -> Tensor:
-        """Each user with one item: context [P, c], latents [P, M, z] -> weights [P, M]."""
-        logits = context.new_zeros(present.shape)
+        """Each user with one item: [P, c], [P, M, z], [P, M] -> weights [M, P]."""
+        logits = self._item_logits(latents, present)
+        if self.of_user is not None:
+            logits = logits + self.of_user(context).T
         if self.query is not None and self.key is not None:
-            logits = logits + (self._queries(context) * self.key(latents)).sum(2)
-        return self._weights(logits, context, latents, present)
+            logits = logits + (self._queries(context) * self.key(latents)).sum(2).T
+        return torch.softmax(logits, dim=0)
 
     def _queries(self, context: Tensor) -> Tensor:
         assert self.query is not None
         return self.query(context).unflatten(1, (self.modalities, -1)) * self.scale
 
-    def _weights(self, logits: Tensor, context: Tensor, latents: Tensor, present: Tensor) -> Tensor:
-        if self.of_user is not None:
-            logits = logits + self.of_user(context)
-        if self.of_item is not None:
-            logits = logits + self.of_item(latents.flatten(-2))
-        # finite, so that an item without any modality gets even weights and not NaN
-        return torch.softmax(logits.masked_fill(~present, -1e9), dim=-1)
+    def _item_logits(self, latents: Tensor, present: Tensor) -> Tensor:
+        # [M, S]: the part that does not depend on the user
+        logits = (~present).to(latents.dtype).T * _MISSING
+        return logits if self.of_item is None else logits + self.of_item(latents.flatten(1)).T

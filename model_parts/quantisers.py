@@ -181,49 +181,56 @@ class ProductQuantiser(nn.Module):
 
 
 class BlendQuantiser(nn.Module):
-    """Product quantiser of blended vectors x(alpha) = sum_m alpha_m z_m, by table look-up.
+    """Product quantiser of blended vectors x(alpha), by table look-up.
 
-    Codewords have unit length, so the nearest one is
-        digit_l = argmax_k <x_l, c_lk> = argmax_k sum_m alpha_m T_ml[i, k],  T_ml = <z_im^l, c_lk>,
+    The blend keeps every modality in dimensions of its own: digit l looks at the sub-vector
+    x_l(alpha) = [alpha_1 z_1^l, ..., alpha_M z_M^l], so codes spend their resolution on the
+    modalities that carry weight, and a code never means one thing in pictures and another in
+    words. Codewords have unit length, so the nearest one is
+        digit_l = argmax_k <x_l, c_lk> = argmax_k sum_m alpha_m T_ml[i, k],  T_ml = <z_im^l, c_lk^m>
     a blend of tables that do not depend on the user. It looks at the direction of x only: an even
     blend, which is shorter than its parts, is not drawn to other codewords for that.
     """
 
-    codebooks: Tensor  # [L, K, s], unit rows
+    codebooks: Tensor  # [L, K, M, s], unit length over the last two axes
 
-    def __init__(self, width: int, digits: int, codes: int) -> None:
+    def __init__(self, modalities: int, width: int, digits: int, codes: int) -> None:
         super().__init__()
         if width % digits:
             raise ValueError(f"width {width} cannot be cut into {digits} equal parts")
-        self.register_buffer("codebooks", torch.zeros(digits, codes, width // digits))
+        shape = (digits, codes, modalities, width // digits)
+        self.register_buffer("codebooks", torch.zeros(shape))
 
     @torch.no_grad()
     def fit(
         self, blends: Tensor, generator: torch.Generator, n_iterations: int = 20
     ) -> BlendQuantiser:
-        """Spherical k-means of every sub-vector of blends [P, d]."""
+        """Spherical k-means of every sub-vector of weighted latents blends [P, M, z]."""
         codes = self.codebooks.shape[1]
         limit = _POINTS_PER_CODE * codes
         if len(blends) > limit:
             blends = blends[torch.randperm(len(blends), generator=generator)[:limit]]
-        parts = F.normalize(self._cut(blends), dim=2)
+        parts = F.normalize(self._cut(blends).flatten(2), dim=2)  # [L, P, M * s]
         books = F.normalize(spread_points(parts, codes, generator), dim=2)
         for _ in range(n_iterations):
             books = F.normalize(lloyd(parts, books, 1), dim=2)
-        self.codebooks.copy_(books)
+        self.codebooks.copy_(books.view_as(self.codebooks))
         return self
 
     def tables(self, latents: Tensor) -> Tensor:
-        """T for latents [n, M, d]: [M, L, n, K]."""
-        n, M, _ = latents.shape
-        parts = self._cut(latents.reshape(n * M, -1))  # [L, n * M, s]
-        products = torch.bmm(parts, self.codebooks.transpose(1, 2))  # [L, n * M, K]
-        return products.view(len(parts), n, M, -1).permute(2, 0, 1, 3)
+        """T for latents [n, M, z]: [M, L, n, K]."""
+        parts = self._cut(latents).permute(2, 0, 1, 3)  # [M, L, n, s]
+        return parts @ self.codebooks.permute(2, 0, 3, 1)
 
     def codes(self, tables: Tensor, weights: Tensor) -> Tensor:
-        """tables [M, L, n, K], weights [n, M] -> codes [n, L] int64, exact."""
-        blended = torch.einsum("mlnk,nm->lnk", tables, weights)
-        return blended.argmax(2).T
+        """tables [M, L, n, K], weights [M, n] -> codes [n, L] int64, exact."""
+        return (tables * weights[:, None, :, None]).sum(0).argmax(2).T
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes [n, L] -> the blends [n, M, z] they stand for, unit length."""
+        digits = torch.arange(codes.shape[1], device=codes.device)
+        words = self.codebooks[digits, codes].transpose(1, 2)  # [n, M, L, s]
+        return words.flatten(2) / len(digits) ** 0.5
 
     @torch.no_grad()
     def atlas(self, latents: Tensor, grid: Tensor, block: int = 1024) -> Tensor:
@@ -231,12 +238,13 @@ class BlendQuantiser(nn.Module):
         parts = []
         for chunk in latents.split(block):
             tables = self.tables(chunk)
-            parts.append(torch.stack([self.codes(tables, w.expand(len(chunk), -1)) for w in grid]))
+            parts.append(torch.stack([self.codes(tables, w[:, None]) for w in grid]))
         return torch.cat(parts, dim=1)
 
-    def _cut(self, vectors: Tensor) -> Tensor:
-        digits, _, part = self.codebooks.shape
-        return vectors.view(len(vectors), digits, part).transpose(0, 1).contiguous()
+    def _cut(self, latents: Tensor) -> Tensor:
+        # [P, M, z] -> [L, P, M, s]
+        digits, _, modalities, part = self.codebooks.shape
+        return latents.view(len(latents), modalities, digits, part).permute(2, 0, 1, 3)
 
 
 def _look_up(codebooks: Tensor, codes: Tensor) -> Tensor:

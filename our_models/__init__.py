@@ -4,4 +4,6 @@ from __future__ import annotations
 
 MODELS = {
     "pmat": "our_models.pmat:PMAT",
+    "mcrl": "our_models.mcrl:MCRL",
+    "pmat_mcrl": "our_models.mcrl:PMATWithMCRL",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import data_readers
 from config import Mock
-from data_readers import Options, make_mock, read_folder, read_mmrec
+from data_readers import Options, RawChoices, cache, make_mock, read_folder, read_mmrec
 from util import UserError
 
 ROWS = [("u1", "b", 5), ("u2", "a", 1), ("u1", "a", 3), ("u1", "c", 3), ("u2", "c", 9)]
@@ -155,6 +156,10 @@ def test_modalities_come_in_a_fixed_order(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", ROWS, ITEMS, dict.fromkeys(names, np.eye(3)))
     assert list(read(folder).catalogue.modalities) == ["visual", "text", "audio", "colour"]
     assert not read(folder, features="none").catalogue.modalities
+    assert list(read(folder, features="text").catalogue.modalities) == ["text"]
+    (folder / "visual.npy").unlink()
+    with pytest.raises(UserError, match=r"has no visual.npy, which data.features=visual asks for"):
+        read(folder, features="visual")
 
 
 # --------------------------------------------------------------------------- mmrec layout
@@ -325,6 +330,13 @@ def test_an_unknown_data_set_gets_a_hint(tmp_path: Path) -> None:
             data_readers.read(wrong, data_dir=tmp_path)
 
 
+def test_settings_of_raw_files_are_refused_for_prepared_ones(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "d", ROWS, ITEMS)
+    for raw in (RawChoices(edition="ml-1m"), RawChoices(features_from="x")):
+        with pytest.raises(UserError, match=r"holds prepared data; it is for the raw files"):
+            data_readers.read(folder, data_dir=tmp_path, raw=raw)
+
+
 # --------------------------------------------------------------------------- cache
 
 
@@ -355,6 +367,24 @@ def test_changed_files_or_options_are_read_anew(tmp_path: Path) -> None:
     changed = cached(folder, tmp_path / "data")
     assert len(prints | {changed.fingerprint}) == 3
     assert changed.sequences.n_users == 3
+
+
+def test_large_files_are_hashed_once_until_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_LARGE", 10)
+    folder = write_folder(tmp_path / "d", ROWS, ITEMS)
+    file = folder / "interactions.csv"
+    long_ago = time.time() - 100
+    os.utime(file, (long_ago, long_ago))
+    first = cached(folder, tmp_path / "data").fingerprint
+    file.write_bytes(file.read_bytes().replace(b"u1,b", b"u1,c"))  # of the same size
+    second = cached(folder, tmp_path / "data").fingerprint
+    assert first != second
+    os.utime(file, (long_ago, long_ago))  # its old time: taken for the file it was
+    assert cached(folder, tmp_path / "data").fingerprint == first
+    (tmp_path / "data" / "cache" / "hashes.json").write_text("{", encoding="utf-8")
+    assert cached(folder, tmp_path / "data").fingerprint == second
 
 
 @pytest.mark.parametrize("pattern", ["*.npy", "meta.json"])
@@ -421,6 +451,8 @@ def test_mock_takes_the_settings_and_the_run_seed(tmp_path: Path) -> None:
     widths = {name: part.features.shape for name, part in data.catalogue.modalities.items()}
     assert widths == {"visual": (30, 4), "text": (30, 5)}
     assert not bare.catalogue.modalities
+    text = data_readers.read("mock", data_dir=tmp_path, mock=mock, seed=3, features="text")
+    assert list(text.catalogue.modalities) == ["text"]
     assert data.sequences.items.tolist() != bare.sequences.items.tolist()
     assert not list(tmp_path.iterdir())
 

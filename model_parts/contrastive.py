@@ -1,0 +1,99 @@
+"""Contrastive pieces: InfoNCE with forbidden negatives, feature neighbours, random prefixes.
+
+Letters: B anchors, S keys, N items, T positions, d width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_parts.base import Batch
+
+# Similarities held at once when neighbours are sought: 32 MB of floats.
+_BLOCK_NUMBERS = 8_000_000
+
+
+def info_nce(
+    logits: Tensor,
+    positives: Tensor,
+    forbidden: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Mean of -log softmax(logits)[positive] over anchors: [B, S], [B] -> scalar.
+
+    `forbidden` [B, S] keys are no negatives (a positive never is forbidden); anchors of weight 0
+    in `weights` [B] do not count. 0 when no anchor counts.
+    """
+    if forbidden is not None:
+        kept = torch.zeros_like(forbidden).scatter_(1, positives[:, None], True)
+        logits = logits.masked_fill(forbidden & ~kept, float("-inf"))
+    losses = F.cross_entropy(logits, positives, reduction="none")
+    if weights is None:
+        return losses.mean()
+    return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+
+def aligned(one: Tensor, other: Tensor, rows: Tensor, temperature: float, counts: Tensor) -> Tensor:
+    """Symmetric InfoNCE between two forms of the same B items, vectors [B, d] of items `rows` [B].
+
+    A second copy of an item in the batch is no negative; items with counts 0 have no second form.
+    """
+    logits = F.normalize(one, dim=1) @ F.normalize(other, dim=1).T / temperature
+    # an item that lacks a form is no negative either
+    forbidden = (rows[:, None] == rows[None]) | (counts == 0)[None]
+    own = torch.arange(len(rows), device=rows.device)
+    there = info_nce(logits, own, forbidden, counts)
+    return 0.5 * (there + info_nce(logits.T, own, forbidden, counts))
+
+
+@torch.no_grad()
+def feature_neighbours(vectors: Tensor, present: Tensor, k: int) -> Tensor:
+    """The k most similar other items, [N, k] rows: unit vectors [N, d], presence [N].
+
+    Only present items are neighbours; one that is absent is its own neighbour.
+    """
+    n_items = len(vectors)
+    k = min(k, max(int(present.sum()) - 1, 1))
+    found = []
+    for rows in torch.arange(n_items, device=vectors.device).split(
+        max(1, _BLOCK_NUMBERS // n_items)
+    ):
+        similarity = vectors[rows] @ vectors.T
+        similarity[:, ~present] = float("-inf")
+        similarity.scatter_(1, rows[:, None], float("-inf"))
+        found.append(similarity.topk(k, dim=1).indices)
+    own = torch.arange(n_items, device=vectors.device)[:, None]
+    return torch.where(present[:, None], torch.cat(found), own)
+
+
+class RandomPrefixes:
+    """Prefixes of train histories, drawn anew: what a tokenizer of stage one trains on."""
+
+    def __init__(self, train: Any, window: int) -> None:
+        self.items = torch.tensor(train.items, dtype=torch.long)
+        offsets = torch.tensor(train.offsets, dtype=torch.long)
+        lengths = offsets.diff()
+        self.first = offsets[:-1].repeat_interleave(lengths)  # [R] start of the user's history
+        self.owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+        position = torch.arange(len(self.items))
+        self.targets = position[position > self.first]  # all but each user's first
+        self.window = window
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def draw(self, size: int, generator: torch.Generator) -> Batch:
+        """`size` examples with one target each; histories are cut to the window."""
+        chosen = self.targets[torch.randint(len(self.targets), (size,), generator=generator)]
+        start = torch.maximum(self.first[chosen], chosen - self.window)
+        lengths = chosen - start
+        steps = torch.arange(int(lengths.max()))[None]
+        inside = steps < lengths[:, None]
+        items = self.items[(start[:, None] + steps).clamp(max=len(self.items) - 1)] * inside
+        targets = torch.zeros_like(items)
+        targets.scatter_(1, lengths[:, None] - 1, self.items[chosen][:, None])
+        return Batch(self.owner[chosen], items, lengths, targets)

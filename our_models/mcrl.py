@@ -1,0 +1,316 @@
+"""MCRL: three levels of contrastive learning that shape the space semantic IDs live in.
+
+DESIGN section 6. Three InfoNCE losses, each with a weight of its own (0 switches it off):
+1. user: q_u of the history with the representation, under the user's modality weights, of what the
+   user engaged next and of what the most similar user of the batch engaged next; items of the
+   history are no negatives (sota.md 3.4);
+2. intra: in each modality, an item with one of its nearest neighbours in the features;
+3. inter: the shared parts s_im of one item in different modalities, in the shared sub-space only,
+   since aligning everything leaves nothing to personalise (sota.md 3.4: cosine .97, .03 bit).
+
+`MCRL` learns encoders z_im = enc_m(f_im), of which IDs are made, and recommends by itself, with
+quantised vectors. `PMATWithMCRL` takes the latents of PMAT from these encoders (stage one, with
+train interactions only) and keeps the three levels on the code vectors while the generator learns:
+L = lambda_pmat L_pmat + lambda_mcrl L_mcrl.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config
+from model_parts.base import Batch, Recommender, TrainingData
+from model_parts.contrastive import RandomPrefixes, aligned, feature_neighbours, info_nce
+from model_parts.fusion import coherence, nearest_grid_point, simplex_grid
+from model_parts.quantisers import BlendQuantiser
+from our_models.pmat import PMAT, whitened_latents
+
+_ENCODER_WIDTH = 256
+
+
+def sample_positive_negative_ids(
+    batch: Batch, profiles: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Who is pulled to what in the user level, among the targets of the batch.
+
+    profiles [B, p] say which users are alike. Returns rows of the targets [B] (0-based items), the
+    position among them of each user's own next item [B] and of the next item of the most similar
+    other user [B], and which targets are no negatives of a user [B, B]: those in the user's history
+    or equal to one of the two positives.
+    """
+    rows = batch.targets.max(dim=1).values - 1
+    own = torch.arange(len(rows), device=rows.device)
+    alike = F.normalize(profiles, dim=1) @ F.normalize(profiles, dim=1).T
+    similar = alike.fill_diagonal_(float("-inf")).argmax(1)
+    in_history = (batch.items[:, :, None] == rows[None, None] + 1).any(1)
+    same = (rows[:, None] == rows[None]) | (rows[similar][:, None] == rows[None])
+    return rows, own, similar, in_history | same
+
+
+class MCRL(Recommender):
+    """Contrastive encoders of items and users; IDs are the codes of the encoded items."""
+
+    name = "mcrl"
+    examples = "prefixes"
+    ablations = {
+        "no user level": {"mcrl.user": 0.0},
+        "no intra-modal level": {"mcrl.intra": 0.0},
+        "no inter-modal level": {"mcrl.inter": 0.0},
+        "user level alone": {"mcrl.intra": 0.0, "mcrl.inter": 0.0},
+        "intra-modal level alone": {"mcrl.user": 0.0, "mcrl.inter": 0.0},
+        "inter-modal level alone": {"mcrl.user": 0.0, "mcrl.intra": 0.0},
+    }
+    search_space = {
+        "mcrl.temperature": (0.03, 0.3, "log"),
+        "mcrl.intra": (0.01, 1.0, "log"),
+        "mcrl.inter": (0.01, 1.0, "log"),
+    }
+
+    counts: Tensor  # [N] train interactions
+    inputs: Tensor  # [N, M, z] whitened features, unit rows
+    present: Tensor  # [N, M] bool
+    neighbours: Tensor  # [M, N, k] rows
+    grid: Tensor  # [G, M]
+
+    def __init__(self, config: Config, catalogue: Any = None) -> None:
+        super().__init__()
+        self.own, sizes = config.mcrl, config.pmat
+        self.n_codes = sizes.codes
+        n_items, n_modalities = config.n_items(catalogue), config.n_modalities(catalogue)
+        width = sizes.latent
+        k = min(self.own.neighbours, max(n_items - 1, 1))
+        self.register_buffer("grid", simplex_grid(n_modalities, sizes.grid))
+        self.register_buffer("counts", torch.ones(n_items))
+        self.register_buffer("inputs", torch.zeros(n_items, n_modalities, width))
+        self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
+        self.register_buffer("neighbours", torch.zeros(n_modalities, n_items, k).long())
+        self.encoders = nn.ModuleList(_encoder(width) for _ in range(n_modalities))
+        # the shared sub-space: half of the width, from every modality
+        self.shared = nn.ModuleList(nn.Linear(width, width // 2) for _ in range(n_modalities))
+        self.query = nn.Sequential(
+            nn.Linear(2 * n_modalities * width, _ENCODER_WIDTH),
+            nn.GELU(),
+            nn.Linear(_ENCODER_WIDTH, n_modalities * width),
+        )
+        self.sharpness = nn.Parameter(torch.tensor(sizes.sharpness))
+        self.quantiser = BlendQuantiser(n_modalities, width, sizes.personal_digits, sizes.codes)
+
+    # ----------------------------------------------------------------- representations
+
+    def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
+        """Whitened features, their neighbours and codebooks. Raises ValueError without features."""
+        items = torch.tensor(data.train.items, dtype=torch.long)
+        self.counts.copy_(torch.bincount(items, minlength=data.n_items + 1)[1:])
+        inputs, present = whitened_latents(
+            data.catalogue, self.counts > 0, self.inputs.shape[2], generator
+        )
+        self.inputs.copy_(inputs)
+        self.present.copy_(present)
+        k = self.neighbours.shape[2]
+        for m in range(len(self.encoders)):
+            found = feature_neighbours(inputs[:, m], present[:, m], k)
+            self.neighbours[m] = F.pad(found, (0, k - found.shape[1]), mode="replicate")
+        self._fit_codebooks(generator)
+
+    def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
+        """Codebooks follow the encoders."""
+        self._fit_codebooks(generator)
+
+    @torch.no_grad()
+    def _fit_codebooks(self, generator: torch.Generator) -> None:
+        fitted = self.encoded(torch.nonzero(self.counts > 0)[:, 0])
+        points = torch.randint(len(self.grid), (2, len(fitted)), generator=generator)
+        blends = (self.grid[points][..., None] * fitted).flatten(0, 1)
+        self.quantiser.fit(blends[blends.flatten(1).norm(dim=1) > 0], generator, n_iterations=5)
+
+    def encoded(self, rows: Tensor) -> Tensor:
+        """z of items [P] in each modality, [P, M, z]: unit length, zero where missing."""
+        inputs = self.inputs[rows]
+        parts = [x + encode(x) for x, encode in zip(inputs.unbind(1), self.encoders, strict=True)]
+        return F.normalize(torch.stack(parts, dim=1), dim=2) * self.present[rows][..., None]
+
+    @torch.no_grad()
+    def _words(self, blends: Tensor) -> Tensor:
+        """The codewords of unit blends [P, M, z], scaled to unit length."""
+        even = torch.ones(blends.shape[1], 1, device=blends.device)  # they are weighted already
+        codes = self.quantiser.codes(self.quantiser.tables(blends), even)
+        return self.quantiser.decode(codes)
+
+    def users(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Query q_u [B, M, z] and modality weights alpha_u [B, M] of the histories."""
+        seen = batch.items > 0
+        latents = batch.items.new_zeros(*batch.items.shape, 1, 1).float()
+        latents = latents.expand(-1, -1, *self.inputs.shape[1:]).clone()  # [B, T, M, z]
+        latents[seen] = self.encoded(batch.items[seen] - 1)
+        known = (latents.detach().square().sum(3) > 0).sum(1)  # [B, M]
+        sums = latents.sum(1)
+        alpha = torch.softmax(self.sharpness * coherence(sums, known).detach(), dim=1)
+        age = (batch.lengths[:, None] - 1 - torch.arange(seen.shape[1], device=seen.device)).clamp(
+            0
+        )
+        recency = (0.7**age * seen)[:, :, None, None]
+        recent = (latents * recency).sum(1) / recency.sum(1).clamp(min=1e-6)
+        mean = sums / known.clamp(min=1)[..., None]
+        query = recent + self.query(torch.cat([mean, recent], dim=1).flatten(1)).view_as(recent)
+        return query, alpha
+
+    # ----------------------------------------------------------------- the three levels
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The levels that are switched on and the distance to the codes, each times its weight."""
+        query, alpha = self.users(batch)
+        rows, own, similar, forbidden = sample_positive_negative_ids(batch, query.flatten(1))
+        items, weight = self.encoded(rows), self.own
+        blends = F.normalize((items * alpha[:, :, None]).flatten(1), dim=1).view_as(items)
+        parts = {"commit": weight.commit * F.mse_loss(blends, self._words(blends))}
+        if weight.user:
+            logits = self._cosines(query * alpha[:, :, None], items)
+            logits = logits - (self.counts[rows] + 1).log()  # popular items are drawn more often
+            parts["user"] = weight.user * self.user_level(logits, own, similar, forbidden)
+        if weight.intra:
+            parts["intra"] = weight.intra * self.intra_level(self.encoded, rows)
+        if weight.inter:
+            shared = self.inter_level(items, self.shared, rows)
+            parts["inter"] = weight.inter * shared
+        return parts
+
+    def user_level(self, logits: Tensor, own: Tensor, similar: Tensor, forbidden: Tensor) -> Tensor:
+        """InfoNCE of users with their next items and, less, with those of similar users."""
+        share = self.own.similar
+        loss = info_nce(logits, own, forbidden)
+        return (
+            loss if not share else (1 - share) * loss + share * info_nce(logits, similar, forbidden)
+        )
+
+    def intra_level(self, vectors: Any, rows: Tensor) -> Tensor:
+        """Items with a feature neighbour, modality by modality; vectors(rows) -> [B, M, d]."""
+        k = self.neighbours.shape[2]
+        anchors, losses = vectors(rows), []
+        for m in range(self.neighbours.shape[0]):
+            chosen = torch.randint(k, (len(rows),), device=rows.device)
+            partners = vectors(self.neighbours[m][rows, chosen])[:, m]
+            known = self.present[rows, m].float()
+            losses.append(aligned(anchors[:, m], partners, rows, self.own.temperature, known))
+        return torch.stack(losses).mean()
+
+    def inter_level(self, items: Tensor, projections: nn.ModuleList, rows: Tensor) -> Tensor:
+        """The shared parts of each pair of modalities; items [B, M, d]. 0 with one modality."""
+        parts = [project(x) for x, project in zip(items.unbind(1), projections, strict=True)]
+        losses = [items.new_zeros(())]
+        for m, n in combinations(range(len(parts)), 2):
+            both = (self.present[rows, m] & self.present[rows, n]).float()
+            losses.append(aligned(parts[m], parts[n], rows, self.own.temperature, both))
+        return torch.stack(losses).sum() / max(len(losses) - 1, 1)
+
+    def _cosines(self, query: Tensor, items: Tensor) -> Tensor:
+        # of queries [B, M, z] with items [S, M, z], over the temperature
+        query = F.normalize(query.flatten(1), dim=1)
+        return query @ items.flatten(1).T / self.own.temperature
+
+    # ----------------------------------------------------------------- items
+
+    def score(self, batch: Batch) -> Tensor:
+        """[B, N]: queries with the codewords of each item's ID, as the user sees it."""
+        query, alpha = self.users(batch)
+        everything = torch.arange(len(self.counts), device=self.counts.device)
+        atlas = self.quantiser.atlas(self.encoded(everything), self.grid)  # [G, N, L]
+        query = query * alpha[:, :, None]
+        every = torch.stack([self._cosines(query, self.quantiser.decode(codes)) for codes in atlas])
+        points = nearest_grid_point(alpha.T, self.grid)  # [B]
+        return every[points, torch.arange(len(points), device=points.device)]
+
+    @torch.no_grad()
+    def item_ids(self, batch: Batch | None = None) -> Tensor:
+        """Codes under each user's weights, [B, N, L]; under even weights without users, [N, L]."""
+        everything = torch.arange(len(self.counts), device=self.counts.device)
+        atlas = self.quantiser.atlas(self.encoded(everything), self.grid)
+        if batch is None:
+            return atlas[0]
+        return atlas[nearest_grid_point(self.users(batch)[1].T, self.grid)]
+
+
+class PMATWithMCRL(PMAT):
+    """PMAT on MCRL's latents, with the three levels on its code vectors."""
+
+    name = "pmat_mcrl"
+    ablations = PMAT.ablations | MCRL.ablations | {"no stage one": {"mcrl.stage_one_epochs": 0}}
+    search_space = PMAT.search_space | MCRL.search_space
+
+    def __init__(self, config: Config, catalogue: Any = None) -> None:
+        super().__init__(config, catalogue)
+        self.mix = config.mcrl
+        self.mcrl = MCRL(config, catalogue)
+        self.mcrl.requires_grad_(False)  # what IDs are made of stays as stage one left it
+        # on code vectors the levels have a query and a shared sub-space of their own
+        width = config.pmat.width
+        self.asks = nn.Linear(self.context_width, width)
+        self.shared = nn.ModuleList(
+            nn.Linear(width, width // 2) for _ in range(config.n_modalities(catalogue))
+        )
+
+    def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
+        """Stage one: MCRL's encoders on random train prefixes, then codes of what they say."""
+        super().prepare(data, generator)
+        self.mcrl.prepare(data, generator)
+        self._learn_encoders(data, generator)
+        everything = torch.arange(data.n_items)
+        with torch.no_grad():
+            self.latents.copy_(self.mcrl.encoded(everything))
+        self.fit_codes(generator)
+
+    def _learn_encoders(self, data: TrainingData, generator: torch.Generator) -> None:
+        prefixes = RandomPrefixes(data.train, self.mix.window)
+        size = self.mix.stage_one_batch
+        steps = self.mix.stage_one_epochs * len(prefixes) // size
+        if not steps:
+            return
+        self.mcrl.requires_grad_(True)
+        optimiser = torch.optim.AdamW(self.mcrl.parameters(), lr=self.mix.stage_one_lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        with torch.enable_grad():
+            for _ in range(steps):
+                optimiser.zero_grad(set_to_none=True)
+                sum(self.mcrl.loss(prefixes.draw(size, generator)).values()).backward()
+                optimiser.step()
+                schedule.step()
+        self.mcrl.requires_grad_(False)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """PMAT's parts and the three levels, each already weighted."""
+        own = {name: self.mix.lambda_pmat * part for name, part in super().loss(batch).items()}
+        if not self.mix.lambda_mcrl:
+            return own
+        levels = self._levels(batch)
+        return own | {name: self.mix.lambda_mcrl * part for name, part in levels.items()}
+
+    def _levels(self, batch: Batch) -> dict[str, Tensor]:
+        view = self.view(batch)
+        rows, own, similar, forbidden = sample_positive_negative_ids(batch, view.context)
+        parts = {}
+        if self.mix.user:
+            logits = self._scores(self.asks(view.context), view, rows, learn=True)
+            logits = logits - (self.counts[rows] + 1).log()
+            parts["user"] = self.mix.user * self.mcrl.user_level(logits, own, similar, forbidden)
+        if self.mix.intra:
+            parts["intra"] = self.mix.intra * self.mcrl.intra_level(self.pure_vectors, rows)
+        if self.mix.inter:
+            shared = self.mcrl.inter_level(self.pure_vectors(rows), self.shared, rows)
+            parts["inter"] = self.mix.inter * shared
+        return parts
+
+    def pure_vectors(self, rows: Tensor) -> Tensor:
+        """ID representations of items under each modality alone, [P, M, d]."""
+        return torch.stack(
+            [self.personal_vectors(g.expand(len(rows)), rows) for g in self.corners], 1
+        )
+
+
+def _encoder(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, _ENCODER_WIDTH), nn.GELU(), nn.Linear(_ENCODER_WIDTH, width)
+    )

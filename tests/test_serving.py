@@ -1,0 +1,223 @@
+"""The serving API against PMAT itself, and what an update may and may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from config import Config
+from experiments.runs import Task
+from model_parts.base import Batch, TrainingData
+from our_models.pmat import PMAT
+from our_models.serving import Server
+from util import seed_everything
+
+# One mode of weights each, and every part of a score that does not come from digits.
+MODELS: dict[str, dict[str, Any]] = {
+    "user_item": {},
+    "user": {"pmat.personalised": "user"},
+    "none": {"pmat.personalised": "none"},
+    "random": {"pmat.personalised": "random"},
+    "permuted": {"pmat.personalised": "permuted"},
+    "warm items": {"pmat.dynamic": False},
+    "residual and prefix": {"pmat.beta": 0.5, "pmat.prefix": True},
+    "no shared digits": {"pmat.shared_digits": 0},
+}
+USERS = range(8)
+
+
+@pytest.fixture(scope="module")
+def serve(tiny: Callable[..., Config], task: Task) -> Callable[..., Server]:
+    """`serve("user_item", rate=1.0)` -> a new server of an untrained model with fitted codes."""
+    made: dict[str, PMAT] = {}
+
+    def make(name: str = "user_item", **settings: Any) -> Server:
+        if name not in made:
+            seed_everything(7)
+            config = tiny("pmat", {"pmat.grid": 4} | MODELS[name], dropout=False)
+            train, catalogue = task.split.train, task.dataset.catalogue
+            made[name] = PMAT(config, catalogue)
+            data = TrainingData(train, catalogue, train.n_users, catalogue.n_items)
+            made[name].prepare(data, torch.Generator().manual_seed(7))
+        return Server(made[name], task.split.train, **settings)
+
+    return make
+
+
+def batch(user: int, history: list[int]) -> Batch:
+    """As data_utils would make it."""
+    items = torch.tensor([history])
+    return Batch(torch.tensor([user]), items, torch.tensor([len(history)]), items * 0)
+
+
+def history(server: Server, user: int) -> list[int]:
+    begin, end = server.histories.offsets[user : user + 2]
+    return server.histories.items[begin:end].tolist()
+
+
+def unlike(server: Server, user: int, n: int = 4) -> list[int]:
+    """Items not in the history that are alike in one modality: they move the weights."""
+    latents = server.model.latents[:, 1]
+    closest = (latents @ latents[user]).argsort(descending=True) + 1
+    return [i for i in closest.tolist() if i not in history(server, user)][:n]
+
+
+def personal(server: Server, ids: Tensor) -> Tensor:
+    return ids[:, server.model.own.shared_digits :]
+
+
+# ---- a state just made -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_new_state_is_the_model(serve: Callable[..., Server], name: str) -> None:
+    server = serve(name)
+    for user in USERS:
+        one = batch(user, history(server, user))
+        assert torch.equal(server.item_ids(user), server.model.item_ids(one)[0])
+        expected = server.model.score(one)[0].detach()
+        assert torch.allclose(server.scores(user), expected, atol=1e-5)
+        # items that share all digits tie, so compare what the lists are worth
+        listed = server.model.recommend(one, 10)[0]
+        found = server.recommend(user, 10)
+        assert torch.allclose(expected[found - 1], expected[listed - 1], atol=1e-5)
+
+
+def test_recommendations_are_unseen_and_unique(serve: Callable[..., Server]) -> None:
+    server = serve()
+    for user in USERS:
+        server.update(user, unlike(server, user), force=True)
+        found = server.recommend(user, 20).tolist()
+        assert len(set(found)) == 20
+        assert not set(found) & set(server.states[user].history)
+    with pytest.raises(ValueError, match="not seen yet"):
+        server.recommend(0, 50)
+
+
+def test_history_longer_than_the_window(serve: Callable[..., Server]) -> None:
+    server = serve(rate=1.0, margin=0.0)
+    server.update(0, list(range(1, 31)), force=True)
+    newest = server.states[0].history[-16:]
+    assert torch.equal(server.item_ids(0), server.model.item_ids(batch(0, newest))[0])
+    assert not set(server.recommend(0, 5).tolist()) & set(range(1, 31))
+
+
+def test_user_without_history(serve: Callable[..., Server]) -> None:
+    server = serve(rate=1.0, margin=0.0)
+    empty = Batch(
+        torch.tensor([999]), torch.zeros(1, 1).long(), torch.tensor([0]), torch.zeros(1, 1).long()
+    )
+    assert torch.equal(server.item_ids(999), server.model.item_ids(empty)[0])
+    assert len(server.recommend(999, 50)) == 50
+    assert server.update(999, [1]).p_value == 1.0
+    server.update(999, [2, 3], force=True)
+    assert torch.equal(server.item_ids(999), server.model.item_ids(batch(999, [1, 2, 3]))[0])
+
+
+# ---- updates -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_full_step_is_a_full_recomputation(serve: Callable[..., Server], name: str) -> None:
+    server = serve(name, rate=1.0, margin=0.0)
+    changed = 0
+    for user in USERS:
+        before = server.item_ids(user)
+        for items in (unlike(server, user), [5, 6]):
+            server.update(user, items, force=True)
+            one = batch(user, server.states[user].history[-16:])
+            assert torch.equal(server.item_ids(user), server.model.item_ids(one)[0])
+            expected = server.model.score(one)[0].detach()
+            assert torch.allclose(server.scores(user), expected, atol=1e-5)
+        changed += int((server.item_ids(user) != before).sum())
+    follows = name in ("user_item", "user", "residual and prefix", "no shared digits")
+    assert bool(changed) == follows
+
+
+def test_shared_digits_never_change(serve: Callable[..., Server]) -> None:
+    server = serve(rate=1.0, margin=0.0)
+    shared = server.model.own.shared_digits
+    for user in USERS:
+        before = server.item_ids(user)
+        server.update(user, unlike(server, user), force=True)
+        after = server.item_ids(user)
+        assert torch.equal(before[:, :shared], after[:, :shared])
+
+
+def test_update_without_drift_leaves_ids_alone(serve: Callable[..., Server]) -> None:
+    server = serve(p_value=0.0)
+    for user in USERS:
+        before, scores = server.item_ids(user), server.scores(user)
+        weights = server.states[user].weights
+        server.update(user, unlike(server, user))
+        assert torch.equal(server.item_ids(user), before)
+        assert torch.equal(server.states[user].weights, weights)
+        assert not torch.equal(server.scores(user), scores)  # the history still counts
+
+
+def test_drift_moves_weights_and_starts_anew(serve: Callable[..., Server]) -> None:
+    server = serve(p_value=1.0, rate=0.25, margin=0.0)
+    before = server.item_ids(0), server._of(0).weights
+    drift = server.update(0, unlike(server, 0))
+    state = server.states[0]
+    assert state.start == drift.cut > 0
+    wanted = server._weights(0, state.history)
+    assert torch.allclose(state.weights - wanted, 0.75 * (before[1] - wanted), atol=1e-6)
+    later = server.update(0, unlike(server, 0, 8)[4:])
+    assert later.cut >= drift.cut
+
+
+def test_threshold_replaces_the_test(serve: Callable[..., Server]) -> None:
+    never, always = (serve(threshold=t, p_value=p) for t, p in ((1e9, 1.0), (1e-9, 0.0)))
+    for server in (never, always):
+        server.update(0, unlike(server, 0))
+    assert never.states[0].start == 0
+    assert always.states[0].start > 0
+
+
+def test_margin_keeps_digits_and_every_change_pays(serve: Callable[..., Server]) -> None:
+    flips = []
+    for margin in (0.0, 0.05, 0.2, 9.0):
+        server = serve(rate=1.0, margin=margin)
+        model, total = server.model, 0
+        for user in USERS:
+            old = server.states[user].codes if user in server.states else server._of(user).codes
+            server.update(user, unlike(server, user), force=True)
+            new, weights = server.states[user].codes, server.states[user].weights
+            points = model.grid[(weights.T[:, None] - model.grid).norm(dim=2).argmin(1)].T
+            tables = (model.quantiser.tables(model.latents) * points[:, None, :, None]).sum(0)
+            score = [tables.gather(2, c.T[..., None])[..., 0].T for c in (old, new)]
+            gain = (score[1] - score[0]) * old.shape[1] ** 0.5
+            assert (gain[old != new] > margin - 1e-6).all()
+            best = (tables.max(2).values.T - score[0]) * old.shape[1] ** 0.5
+            assert (best[old == new] <= margin + 1e-5).all()
+            total += int((old != new).sum())
+        flips.append(total)
+    assert flips == sorted(flips, reverse=True)
+    assert flips[0] > flips[2]
+    assert flips[-1] == 0
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", [0, 51, -1])
+def test_unknown_items_are_refused_and_nothing_changes(
+    serve: Callable[..., Server], item: int
+) -> None:
+    server = serve()
+    server.item_ids(0)
+    before = list(server.states[0].history)
+    with pytest.raises(ValueError, match="1 to 50"):
+        server.update(0, [3, item])
+    assert server.states[0].history == before
+
+
+def test_late_weights_are_refused(tiny: Callable[..., Config], task: Task) -> None:
+    model = PMAT(tiny("pmat", {"pmat.fusion": "late"}), task.dataset.catalogue)
+    with pytest.raises(ValueError, match="late"):
+        Server(model, task.split.train)
