@@ -179,6 +179,7 @@ class PMAT:
     personal_digits: int = number(16, 1, 1024, "codes that depend on user and item")
     codes: int = number(256, 2, 65536, "codes per digit")
     latent: int = number(64, 4, 4096, "width of each modality before the blend")
+    behaviour: bool = setting(False, "one more modality: which items train histories have together")
     grid: int = number(4, 1, 64, "steps of a modality weight: weights are multiples of 1 / grid")
     personalised: str = choice(
         "user_item",

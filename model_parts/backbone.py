@@ -92,12 +92,17 @@ class PreNormBlock(nn.Module):
 
 
 class FrequencyFilter(nn.Module):
-    """Low frequencies as they are, high ones rescaled per dimension by beta^2 (BSARec, eq. 8)."""
+    """Low frequencies as they are, high ones rescaled per dimension by beta^2 (BSARec, eq. 8).
 
-    def __init__(self, window: int, cutoff: int, width: int) -> None:
+    `causal` keeps the part of the kernel that looks back: what the last position of a history gets
+    anyway.
+    """
+
+    def __init__(self, window: int, cutoff: int, width: int, causal: bool = False) -> None:
         super().__init__()
-        lag = (torch.arange(window)[:, None] - torch.arange(window)[None]) % window
-        self.register_buffer("low", low_pass_kernel(window, cutoff)[lag], persistent=False)
+        lag = torch.arange(window)[:, None] - torch.arange(window)[None]
+        low = low_pass_kernel(window, cutoff)[lag % window]
+        self.register_buffer("low", low * (lag >= 0) if causal else low, persistent=False)
         self.beta = nn.Parameter(torch.randn(width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,15 +115,23 @@ class FrequencyFilter(nn.Module):
 class FrequencyBlock(nn.Module):
     """BSARec block (AAAI 2024): filter and attention side by side, then the feed-forward layer.
 
-    The filter is not causal: train on prefixes with a loss at their last position only.
+    The paper's filter is not causal: train on prefixes with a loss at their last position only.
+    With `causal` every position may have a loss.
     """
 
     def __init__(
-        self, window: int, cutoff: int, alpha: float, width: int, heads: int, dropout: float
+        self,
+        window: int,
+        cutoff: int,
+        alpha: float,
+        width: int,
+        heads: int,
+        dropout: float,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         self.alpha = alpha
-        self.filter = FrequencyFilter(window, cutoff, width)
+        self.filter = FrequencyFilter(window, cutoff, width, causal)
         self.filter_norm = nn.LayerNorm(width, eps=1e-12)
         self.attention = SelfAttention(width, heads, dropout)
         self.attention_norm = nn.LayerNorm(width, eps=1e-12)

@@ -97,3 +97,15 @@ class RandomPrefixes:
         targets = torch.zeros_like(items)
         targets.scatter_(1, lengths[:, None] - 1, self.items[chosen][:, None])
         return Batch(self.owner[chosen], items, lengths, targets)
+
+
+def one_prefix_each(batch: Batch) -> Batch:
+    """Of every user with targets, the history up to a random one of them and that target alone."""
+    wanted = batch.targets > 0
+    chances = torch.rand(wanted.shape, device=wanted.device).masked_fill(~wanted, -1.0)
+    last = chances.argmax(1)[:, None]  # [B, 1]
+    steps = torch.arange(wanted.shape[1], device=wanted.device)[None]
+    prefixes = Batch(
+        batch.users, batch.items * (steps <= last), last[:, 0] + 1, batch.targets * (steps == last)
+    )
+    return Batch(*(field[wanted.any(1)] for field in prefixes))

@@ -96,32 +96,36 @@ class ModalityAttention(nn.Module):
             nn.init.zeros_(self.of_user.bias)
             self.of_user.weight[:, -self.modalities :] = sharpness * torch.eye(self.modalities)
 
+    def user_side(self, context: Tensor) -> Tensor:
+        """Contexts [B, c] -> [B, M, 2 + d_a]: 1, the user's own term, the query if there is one.
+
+        The logit of a pair is the dot product of its sides, modality by modality.
+        """
+        ones = context.new_ones(len(context), self.modalities, 1)
+        own = torch.zeros_like(ones) if self.of_user is None else self.of_user(context)[..., None]
+        if self.query is None:
+            return torch.cat([ones, own], dim=2)
+        query = self.query(context).unflatten(1, (self.modalities, -1)) * self.scale
+        return torch.cat([ones, own, query], dim=2)
+
+    def item_side(self, latents: Tensor, present: Tensor) -> Tensor:
+        """Items [S, M, z], [S, M] -> [S, M, 2 + d_a]: the item's own term, 1, the key."""
+        own = (~present).to(latents.dtype) * _MISSING
+        if self.of_item is not None:
+            own = own + self.of_item(latents.flatten(1))
+        parts = [own[..., None], latents.new_ones(*own.shape, 1)]
+        return torch.cat(parts if self.key is None else [*parts, self.key(latents)], dim=2)
+
     def forward(self, context: Tensor, latents: Tensor, present: Tensor) -> Tensor:
         """Every user with every item: [B, c], [S, M, z], [S, M] -> weights [M, B, S]."""
-        logits = self._item_logits(latents, present)[:, None]  # [M, 1, S]
-        if self.of_user is not None:
-            logits = logits + self.of_user(context).T[:, :, None]
-        if self.query is not None and self.key is not None:
-            queries = self._queries(context).transpose(0, 1)  # [M, B, d_a]
-            keys = self.key(latents).permute(1, 2, 0)  # [M, d_a, S]
-            logits = torch.baddbmm(logits, queries, keys)
-        logits = logits.expand(-1, len(context), -1)
-        return torch.softmax(logits, dim=0)
+        return blend_weights_of(self.user_side(context), self.item_side(latents, present))
 
     def pairs(self, context: Tensor, latents: Tensor, present: Tensor) -> Tensor:
         """Each user with one item: [P, c], [P, M, z], [P, M] -> weights [M, P]."""
-        logits = self._item_logits(latents, present)
-        if self.of_user is not None:
-            logits = logits + self.of_user(context).T
-        if self.query is not None and self.key is not None:
-            logits = logits + (self._queries(context) * self.key(latents)).sum(2).T
-        return torch.softmax(logits, dim=0)
+        logits = self.user_side(context) * self.item_side(latents, present)
+        return torch.softmax(logits.sum(2).T, dim=0)
 
-    def _queries(self, context: Tensor) -> Tensor:
-        assert self.query is not None
-        return self.query(context).unflatten(1, (self.modalities, -1)) * self.scale
 
-    def _item_logits(self, latents: Tensor, present: Tensor) -> Tensor:
-        # [M, S]: the part that does not depend on the user
-        logits = (~present).to(latents.dtype).T * _MISSING
-        return logits if self.of_item is None else logits + self.of_item(latents.flatten(1)).T
+def blend_weights_of(users: Tensor, items: Tensor) -> Tensor:
+    """Sides of B users [B, M, a] and S items [S, M, a] -> weights [M, B, S]."""
+    return torch.softmax(torch.bmm(users.transpose(0, 1), items.permute(1, 2, 0)), dim=0)

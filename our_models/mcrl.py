@@ -25,10 +25,17 @@ from torch import Tensor, nn
 
 from config import Config
 from model_parts.base import Batch, Recommender, TrainingData
-from model_parts.contrastive import RandomPrefixes, aligned, feature_neighbours, info_nce
+from model_parts.contrastive import (
+    RandomPrefixes,
+    aligned,
+    feature_neighbours,
+    info_nce,
+    one_prefix_each,
+)
 from model_parts.fusion import coherence, nearest_grid_point, simplex_grid
 from model_parts.quantisers import BlendQuantiser
-from our_models.pmat import PMAT, whitened_latents
+from our_models.pmat import PMAT
+from our_models.tokenizer import item_latents
 
 _ENCODER_WIDTH = 256
 
@@ -79,9 +86,11 @@ class MCRL(Recommender):
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
         super().__init__()
-        self.own, sizes = config.mcrl, config.pmat
+        self.own, self.sizes = config.mcrl, config.pmat
+        sizes = self.sizes
         self.n_codes = sizes.codes
-        n_items, n_modalities = config.n_items(catalogue), config.n_modalities(catalogue)
+        n_items = config.n_items(catalogue)
+        n_modalities = config.n_modalities(catalogue) + sizes.behaviour
         width = sizes.latent
         k = min(self.own.neighbours, max(n_items - 1, 1))
         self.register_buffer("grid", simplex_grid(n_modalities, sizes.grid))
@@ -105,10 +114,15 @@ class MCRL(Recommender):
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
         """Whitened features, their neighbours and codebooks. Raises ValueError without features."""
         items = torch.tensor(data.train.items, dtype=torch.long)
-        self.counts.copy_(torch.bincount(items, minlength=data.n_items + 1)[1:])
-        inputs, present = whitened_latents(
-            data.catalogue, self.counts > 0, self.inputs.shape[2], generator
-        )
+        counts = torch.bincount(items, minlength=data.n_items + 1)[1:]
+        latents, present = item_latents(data, counts > 0, self.sizes, generator)
+        self.start_from(counts, latents, present, generator)
+
+    def start_from(
+        self, counts: Tensor, inputs: Tensor, present: Tensor, generator: torch.Generator
+    ) -> None:
+        """Take train counts [N], latents [N, M, z] and presence [N, M]; find neighbours, codes."""
+        self.counts.copy_(counts)
         self.inputs.copy_(inputs)
         self.present.copy_(present)
         k = self.neighbours.shape[2]
@@ -250,13 +264,13 @@ class PMATWithMCRL(PMAT):
         width = config.pmat.width
         self.asks = nn.Linear(self.context_width, width)
         self.shared = nn.ModuleList(
-            nn.Linear(width, width // 2) for _ in range(config.n_modalities(catalogue))
+            nn.Linear(width, width // 2) for _ in range(self.latents.shape[1])
         )
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
         """Stage one: MCRL's encoders on random train prefixes, then codes of what they say."""
         super().prepare(data, generator)
-        self.mcrl.prepare(data, generator)
+        self.mcrl.start_from(self.counts, self.latents, self.present, generator)
         self._learn_encoders(data, generator)
         everything = torch.arange(data.n_items)
         with torch.no_grad():
@@ -289,6 +303,7 @@ class PMATWithMCRL(PMAT):
         return own | {name: self.mix.lambda_mcrl * part for name, part in levels.items()}
 
     def _levels(self, batch: Batch) -> dict[str, Tensor]:
+        batch = one_prefix_each(batch)
         view = self.view(batch)
         rows, own, similar, forbidden = sample_positive_negative_ids(batch, view.context)
         parts = {}

@@ -1,15 +1,13 @@
 """PMAT: a personalised multimodal adaptive tokenizer and the generator that speaks its codes.
 
-DESIGN section 5. An item has `shared_digits` codes that are the same for everybody, from all its
-modalities together, and `personal_digits` codes of a blend x_i(u) of its modalities whose weights
-alpha_m(u, i) depend on user and item. Everything nonlinear happens before the blend; codes are an
-argmax over blended tables (quantisers.BlendQuantiser), so no item is encoded again for a user.
-Weights are resolved to a grid of G blends: codes of all items under all blends are one static atlas
-[G, N, L], and decoding from it is exact.
+DESIGN section 5. An item has codes that are the same for everybody and codes of a blend x_i(u) of
+its modalities whose weights alpha_m(u, i) depend on user and item (tokenizer.py). Everything
+nonlinear happens before the blend, so no item is encoded again for a user.
 
 An item's vector is the sum of its code vectors. With one head for all digits, ranking by
 sum_l log p_l equals ranking by <h_u, sum_l E_l[C_u[i, l]]> (DESIGN 5.5), plus beta <h_u, e_i> for
-the model with a dense residual; beta = 0 is the pure-ID model.
+the model with a dense residual; beta = 0 is the pure-ID model. An item of the history enters with
+the codes its user had for it when it came.
 
 Loss: softmax over items, every candidate coded under the same user (DESIGN 5.6), so that making
 codes easy helps the negatives as much as the target. The context q_u that weights depend on is made
@@ -27,35 +25,36 @@ from torch import Tensor, nn
 
 from config import Config
 from model_parts.backbone import FrequencyBlock, Positions, at_last, init_weights
-from model_parts.base import Batch, Recommender, TrainingData
+from model_parts.base import Batch, TrainingData
+from model_parts.chunked import chunked_sum
 from model_parts.decoding import token_rows
 from model_parts.fusion import (
     ModalityAttention,
+    blend_weights_of,
     coherence,
     nearest_grid_point,
     random_grid_points,
-    simplex_grid,
 )
-from model_parts.quantisers import BlendQuantiser, ProductQuantiser, whitened_pca
+from our_models.tokenizer import PersonalTokenizer
 
 # Contexts of other users that the control with permuted users looks through.
 _STRANGERS = 1024
-# Users and items scored at once, to bound memory.
-_SCORED_NUMBERS = 4_000_000
+# Numbers held at once where users meet items: 8 MB, so that they stay in cache.
+_PAIR_NUMBERS = {"cpu": 2_000_000, "cuda": 256_000_000}
 
 
 class View(NamedTuple):
     """Through whose eyes items are coded."""
 
-    context: Tensor  # [B, c]
-    users: Tensor  # [B]
+    context: Tensor  # [P, c]
+    users: Tensor  # [P]
 
 
-class PMAT(Recommender):
+class PMAT(PersonalTokenizer):
     """Personalised semantic IDs, decoded exactly."""
 
     name = "pmat"
-    examples = "prefixes"
+    examples = "positions"
     ablations = {
         "even weights": {"pmat.personalised": "none"},
         "item weights": {"pmat.personalised": "item"},
@@ -77,41 +76,27 @@ class PMAT(Recommender):
         "pmat.beta": [0.0, 0.25, 0.5, 1.0],
     }
 
-    counts: Tensor  # [N] train interactions
-    latents: Tensor  # [N, M, z] unit rows, zero where missing
-    present: Tensor  # [N, M] bool
-    shared_codes: Tensor  # [N, L_s]
-    atlas: Tensor  # [G, N, L_f]
     strangers: Tensor  # [1024, summary], histories of random users
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
-        super().__init__()
-        own, window = config.pmat, config.data.max_history
-        self.own = own
-        self.n_codes = own.codes
-        n_items, n_modalities = config.n_items(catalogue), config.n_modalities(catalogue)
-        grid = simplex_grid(n_modalities, own.grid)
+        super().__init__(config, catalogue)
+        own, window = self.own, config.data.max_history
+        n_items, n_modalities, _ = self.latents.shape
         summary = n_modalities * (own.latent + 1) + 1
-        self.register_buffer("grid", grid)
-        self.register_buffer("corners", grid.argmax(0))  # [M] blends of one modality alone
-        self.register_buffer("law", _law(own.law, len(grid)))
-        self.register_buffer("counts", torch.ones(n_items))
-        self.register_buffer("latents", torch.zeros(n_items, n_modalities, own.latent))
-        self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
-        self.register_buffer("shared_codes", torch.zeros(n_items, own.shared_digits).long())
-        self.register_buffer("atlas", torch.zeros(len(grid), n_items, own.personal_digits).long())
+        self.register_buffer("law", _law(own.law, len(self.grid)))
         self.register_buffer("strangers", torch.zeros(_STRANGERS, summary))
-        self.quantiser = BlendQuantiser(n_modalities, own.latent, own.personal_digits, own.codes)
         # with late weights a modality's digits are words of its own
         meanings = n_modalities if own.fusion == "late" else 1
         digits = own.shared_digits + meanings * own.personal_digits
         self.tokens = nn.Embedding(digits * own.codes, own.width)
         self.residual = nn.Embedding(n_items, own.width) if own.beta else None
-        self.positions = Positions(window, own.width, from_end=True)
+        self.positions = Positions(window, own.width, from_end=False)
         self.norm = nn.LayerNorm(own.width, eps=1e-12)
         self.dropout = nn.Dropout(own.dropout)
         self.blocks = nn.ModuleList(
-            FrequencyBlock(window, own.cutoff, own.filter, own.width, own.heads, own.dropout)
+            FrequencyBlock(
+                window, own.cutoff, own.filter, own.width, own.heads, own.dropout, causal=True
+            )
             for _ in range(own.layers)
         )
         init_weights(self)
@@ -129,43 +114,9 @@ class PMAT(Recommender):
         self.context = nn.Sequential(nn.Linear(summary, own.context), nn.GELU()) if learns else None
         self.prefix = nn.Linear(self.context_width, own.width, bias=False) if own.prefix else None
 
-    # ----------------------------------------------------------------- tokenizer
-
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
-        """Latents of every modality, shared codes, and the atlas of personal codes.
-
-        Fitted on items that occur in train; all items are encoded. Raises ValueError without
-        features.
-        """
-        items = torch.tensor(data.train.items, dtype=torch.long)
-        self.counts.copy_(torch.bincount(items, minlength=data.n_items + 1)[1:])
-        latents, present = whitened_latents(
-            data.catalogue, self.counts > 0, self.own.latent, generator
-        )
-        self.latents.copy_(latents)
-        self.present.copy_(present)
-        self.fit_codes(generator)
-        self._meet_strangers(data, generator)
-
-    def fit_codes(self, generator: torch.Generator) -> None:
-        """Codebooks and codes of the latents as they are."""
-        in_train = self.counts > 0
-        if self.own.shared_digits:
-            together = self.latents.flatten(1)
-            together = whitened_pca(together, in_train, together.shape[1])
-            width = together.shape[1] - together.shape[1] % self.own.shared_digits
-            quantiser = ProductQuantiser(width, self.own.shared_digits, self.own.codes)
-            quantiser.fit(together[in_train][:, :width], generator)
-            self.shared_codes.copy_(quantiser.encode(together[:, :width]))
-        fitted = self.latents[in_train]
-        points = torch.randint(len(self.grid), (4, len(fitted)), generator=generator)
-        blends = (self.grid[points][..., None] * fitted).flatten(0, 1)  # [4 N, M, z]
-        blends = blends[blends.flatten(1).norm(dim=1) > 0]  # all weight on a missing modality
-        self.quantiser.fit(blends, generator)
-        self.atlas.copy_(self.quantiser.atlas(self.latents, self.grid))
-
-    def _meet_strangers(self, data: TrainingData, generator: torch.Generator) -> None:
-        # histories of random users, at random moments
+        """The tokenizer, and histories of random users at random moments for the control."""
+        super().prepare(data, generator)
         offsets = torch.tensor(data.train.offsets)
         items = torch.tensor(data.train.items, dtype=torch.long)
         active = torch.nonzero(offsets.diff() > 0)[:, 0]
@@ -249,7 +200,7 @@ class PMAT(Recommender):
         return F.embedding_bag(tokens, self.tokens.weight, mode="sum")
 
     def history_vectors(self, view: View, rows: Tensor) -> Tensor:
-        """Items of histories as their users see them now, [P, d]."""
+        """Items of histories as their users see them, one item of each view, [P, d]."""
         if self.own.fusion == "late":
             weights = self.attention.pairs(view.context, self.latents[rows], self.present[rows])
             personal = (weights[:, :, None] * self.every_personal_vector(rows)).sum(0)
@@ -260,76 +211,111 @@ class PMAT(Recommender):
     # ----------------------------------------------------------------- generator
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """State after each history [B, d] and q_u at every step, [B, T + 1, c]."""
-        B, T = batch.items.shape
+        """State after each position [B, T, d], and q_u before the first and after each item."""
         contexts = self.contexts(batch)
         seen = batch.items > 0
-        rows = batch.items[seen] - 1
-        owner = seen.nonzero()[:, 0]  # [P]
-        # history and candidates speak the same codes: those the user has now
-        context = _at(contexts, batch.lengths)[owner]
-        vectors = self.history_vectors(View(context, batch.users[owner]), rows)
-        x = vectors.new_zeros(B, T, self.own.width)
-        x = x.masked_scatter(seen[:, :, None], vectors)
+        view = View(contexts[:, 1:][seen], _owners(batch.users, seen))
+        vectors = self.history_vectors(view, batch.items[seen] - 1)
+        states = self.generate(vectors, batch)
+        if self.prefix is not None:
+            states = states + self.prefix(contexts[:, 1:])
+        return states, contexts
+
+    def generate(self, vectors: Tensor, batch: Batch) -> Tensor:
+        """The sequence model on vectors [P, d] of all items of the histories: [B, T, d]."""
+        B, T = batch.items.shape
+        seen = (batch.items > 0)[:, :, None]
+        x = vectors.new_zeros(B, T, self.own.width).masked_scatter(seen, vectors)
         x = self.dropout(self.norm(x + self.positions(batch.lengths, T)))
         for block in self.blocks:
-            x = block(x, seen[:, :, None].to(x.dtype))
-        state = at_last(x, batch.lengths)
-        if self.prefix is not None:
-            state = state + self.prefix(_at(contexts, batch.lengths))
-        return state, contexts
+            x = block(x, seen.to(x.dtype))
+        return x
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Softmax over the target and sampled items, all coded under the same user."""
+        """Softmax over each target and sampled items, all coded under the same user."""
         states, contexts = self.encode(batch)
-        view = View(_at(contexts, batch.lengths), batch.users)
-        targets = batch.targets.max(dim=1).values - 1  # [B], a prefix has one target
-        rows, labels, correction = self._candidates(targets)
-        scores = self._scores(states, view, rows, learn=True) + correction
-        parts = {"item": F.cross_entropy(scores, labels)}
+        wanted = batch.targets > 0
+        view = View(contexts[:, 1:][wanted], _owners(batch.users, wanted))
+        states, targets = states[wanted], batch.targets[wanted] - 1
+        parts = {"item": self._item_loss(states, view, targets)}
         if self.own.digit_loss:
             parts["digits"] = self.own.digit_loss * self._digit_loss(states, view, targets)
         if self.own.consistency and self.own.personalised.startswith("user"):
-            before = View(_at(contexts, (batch.lengths - 1).clamp(min=0)), batch.users)
+            before = View(contexts[:, :-1][wanted], view.users)
             parts["consistency"] = self.own.consistency * self._drift(before, view, targets)
         return parts
 
-    def _candidates(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Items to tell the target from: rows [S], where each target is [B], correction [B, S].
+    def _item_loss(self, states: Tensor, view: View, targets: Tensor) -> Tensor:
+        rows, labels, correction = self._candidates(targets)
+        split = (states, self.attention.user_side(view.context), view.users, labels)
+        numbers = _PAIR_NUMBERS.get(states.device.type, 256_000_000)
+        size = max(1, numbers // (len(self.grid) * len(rows)))
+        total = chunked_sum(self._chunk_loss, split, (*self._items(rows), correction), size)
+        return total / max(len(states), 1)
 
-        All items when the catalogue is small, else the targets of the batch and a uniform sample.
-        Scores of sampled items are raised by -log of how often they are expected in the sample, so
-        that the softmax estimates the one over the whole catalogue.
+    def _chunk_loss(
+        self, states: Tensor, sides: Tensor, users: Tensor, labels: Tensor, *items: Tensor
+    ) -> Tensor:
+        *items, correction = items
+        scores = self._pair_scores(states, sides, users, *items, learn=True) + correction
+        own = -correction[labels][:, None]  # the target is in the sample for certain
+        scores = scores.scatter_add(1, labels[:, None], own)
+        return F.cross_entropy(scores, labels, reduction="sum")
+
+    def _candidates(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Items to tell targets [P] from: rows [S], where each target is [P], correction [S].
+
+        All items when the catalogue is small, else all targets of the batch and a uniform sample.
+        Scores are raised by -log of the chance that an item is among them, so that the softmax
+        estimates the one over the whole catalogue.
         """
         n_items, n_sampled = len(self.counts), self.own.negatives
         if n_sampled + len(targets) >= n_items:
             everything = torch.arange(n_items, device=targets.device)
-            return everything, targets, self.counts.new_zeros(1, 1)
-        labels = torch.arange(len(targets), device=targets.device)
+            return everything, targets, self.counts.new_zeros(n_items)
         sampled = torch.randint(n_items, (n_sampled,), device=targets.device)
-        rows = torch.cat([targets, sampled])
-        expected = len(targets) * self.counts[rows] / self.counts.sum() + n_sampled / n_items
-        correction = -expected.log().expand(len(targets), -1).clone()
-        correction.masked_fill_(rows[None] == targets[:, None], float("-inf"))  # no second copy
-        correction[labels, labels] = 0.0
-        return rows, labels, correction
+        rows, where = torch.cat([targets, sampled]).unique(return_inverse=True)
+        absent = (1 - self.counts[rows] / self.counts.sum()) ** len(targets)
+        absent = absent * (1 - 1 / n_items) ** n_sampled
+        return rows, where[: len(targets)], -(1 - absent).log()
+
+    def _items(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What scores need to know of items [S]: vectors, vectors under all blends, sides, rows."""
+        sides = self.attention.item_side(self.latents[rows], self.present[rows])
+        return self.fixed_vectors(rows), self.every_personal_vector(rows), sides, rows
 
     def _scores(self, states: Tensor, view: View, rows: Tensor, learn: bool = False) -> Tensor:
-        """[B, S] scores of items `rows`, each in the codes the user sees it with.
+        """[P, S] scores of items `rows`, each in the codes the user sees it with."""
+        sides = self.attention.user_side(view.context)
+        return self._pair_scores(states, sides, view.users, *self._items(rows), learn=learn)
 
-        With `learn`, the weights get a gradient: a choice of blend has none, so the score is taken
-        to change with alpha_m as much as the item's codes under modality m alone score higher.
-        """
-        fixed = states @ self.fixed_vectors(rows).T
-        weights = self.modality_weights(view, rows)  # [M, B, S]
-        every = states @ self.every_personal_vector(rows).transpose(1, 2)  # [G or M, B, S]
+    def _pair_scores(
+        self,
+        states: Tensor,
+        sides: Tensor,
+        users: Tensor,
+        fixed: Tensor,
+        every: Tensor,
+        item_sides: Tensor,
+        rows: Tensor,
+        learn: bool,
+    ) -> Tensor:
+        """With `learn`, the weights get a gradient: a choice of blend has none, so the score is
+        taken to change with alpha_m as much as the item's codes under modality m alone score
+        higher."""
+        scores = states @ fixed.T
+        products = states @ every.transpose(1, 2)  # [G or M, P, S]
         if self.own.fusion == "late":
-            return fixed + (weights * every).sum(0)
-        points = nearest_grid_point(weights.detach(), self.grid)  # [B, S]
-        scores = fixed + every.gather(0, points[None])[0]
+            return scores + (blend_weights_of(sides, item_sides) * products).sum(0)
+        if self.own.personalised == "random":
+            points = random_grid_points(users[:, None], rows[None], self.law)
+            return scores + products.gather(0, points[None])[0]
+        weights = blend_weights_of(sides, item_sides)  # [M, P, S]
+        points = nearest_grid_point(weights.detach(), self.grid)  # [P, S]
+        scores = scores + products.gather(0, points[None])[0]
         if not (learn and weights.requires_grad):
             return scores
-        pure = every.detach()[self.corners]  # [M, B, S], each modality alone
+        pure = products.detach()[self.corners]  # [M, P, S], each modality alone
         return scores + (pure * (weights - weights.detach())).sum(0)
 
     def _digit_loss(self, states: Tensor, view: View, targets: Tensor) -> Tensor:
@@ -350,21 +336,20 @@ class PMAT(Recommender):
 
     def score(self, batch: Batch) -> Tensor:
         """[B, N] exact scores of all items, in blocks of items to bound memory."""
-        states, contexts = self.encode(batch)
-        view = View(_at(contexts, batch.lengths), batch.users)
+        states, _ = self.encode(batch)
+        states, view = at_last(states, batch.lengths), self.view(batch)
         rows = torch.arange(len(self.counts), device=states.device)
-        block = max(1, _SCORED_NUMBERS // max(len(states), 1))
+        numbers = _PAIR_NUMBERS.get(states.device.type, 256_000_000)
+        block = max(1, numbers // (len(self.grid) * max(len(states), 1)))
         return torch.cat([self._scores(states, view, part) for part in rows.split(block)], dim=1)
 
     # ----------------------------------------------------------------- IDs
 
     def view(self, batch: Batch) -> View:
         """How the users of a batch see items after their whole histories."""
-        return View(_at(self.contexts(batch), batch.lengths), batch.users)
-
-    def ids(self, points: Tensor, rows: Tensor) -> Tensor:
-        """Codes of items under blends, both [P] -> [P, L]."""
-        return torch.cat([self.shared_codes[rows], self.atlas[points, rows]], dim=1)
+        contexts = self.contexts(batch)
+        everybody = torch.arange(len(contexts), device=contexts.device)
+        return View(contexts[everybody, batch.lengths], batch.users)
 
     @torch.no_grad()
     def item_ids(self, batch: Batch | None = None) -> Tensor:
@@ -375,36 +360,19 @@ class PMAT(Recommender):
         points = nearest_grid_point(self.modality_weights(self.view(batch), rows), self.grid)
         return torch.stack([self.ids(p, rows) for p in points])
 
-    def describe(self) -> dict[str, Any]:
-        """Adds the number of blends and the digits of an ID."""
-        digits = self.own.shared_digits + self.own.personal_digits
-        return super().describe() | {"blends": len(self.grid), "digits": digits}
+    @torch.no_grad()
+    def modality_weights_of(self, batch: Batch) -> Tensor:
+        """alpha of each user, mean over all items, [B, M]."""
+        rows = torch.arange(len(self.counts), device=self.counts.device)
+        return self.modality_weights(self.view(batch), rows).mean(2).T
 
 
 # --------------------------------------------------------------------------- helpers
 
 
-def whitened_latents(
-    catalogue: Any, in_train: Tensor, width: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Unit latents of each modality [N, M, width], zero where missing, and presence [N, M].
-
-    Raises ValueError for a catalogue without features.
-    """
-    modalities = list((getattr(catalogue, "modalities", None) or {}).values())
-    if not modalities:
-        raise ValueError("PMAT needs item features (text.npy, visual.npy, ...) to make IDs of.")
-    latents, present = [], []
-    for features, known in modalities:
-        known = torch.tensor(known, dtype=torch.bool)
-        features = torch.tensor(features, dtype=torch.float32)
-        white = whitened_pca(features, in_train & known, width)
-        white = F.pad(white, (0, width - white.shape[1]))
-        # a random rotation spreads the principal components evenly over sub-vectors
-        rotation = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
-        latents.append(F.normalize(white @ rotation, dim=1) * known[:, None])
-        present.append(known)
-    return torch.stack(latents, dim=1), torch.stack(present, dim=1)
+def _owners(users: Tensor, where: Tensor) -> Tensor:
+    """Users [B] of the True positions of where [B, T], in their order."""
+    return users[where.nonzero()[:, 0]]
 
 
 def _law(text: str, n_points: int) -> Tensor:
@@ -415,8 +383,3 @@ def _law(text: str, n_points: int) -> Tensor:
     if len(law) != n_points or bool((law < 0).any()) or not float(law.sum()):
         raise ValueError(f"pmat.law wants {n_points} numbers of at least 0, one for each blend")
     return law
-
-
-def _at(steps: Tensor, index: Tensor) -> Tensor:
-    """[B, T, c] and [B] -> [B, c]."""
-    return steps[torch.arange(len(steps), device=steps.device), index]

@@ -2,7 +2,8 @@
 
 A user's IDs stay as they are until a test says that the interest has moved (model_parts/drift.py).
 Then weights move part of the way and digits change where that pays; shared digits never do. The
-generator always sees the history as it is now, in the codes the user has.
+generator always sees the history as it is now, each item in the codes the user had for it when it
+came, or since the last move.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from model_parts.base import Batch
 from model_parts.decoding import token_rows
 from model_parts.drift import Drift, blend_weights, detect_drift, digits_with_hysteresis
 from model_parts.fusion import nearest_grid_point
-from our_models.pmat import PMAT
+from our_models.pmat import PMAT, View
+
+
+@dataclass
+class _Coded:
+    """R items as one user sees them."""
+
+    rows: Tensor  # [R]
+    weights: Tensor  # alpha [M, R], not resolved to the grid, so that small steps add up
+    codes: Tensor  # [R, L_f] int64, personal digits
 
 
 @dataclass
@@ -27,8 +37,8 @@ class _State:
     """One user."""
 
     history: list[int]  # item numbers, oldest first
-    weights: Tensor  # alpha [M, N], not resolved to the grid, so that small steps add up
-    codes: Tensor  # [N, L_f] int64, personal digits
+    items: _Coded  # the whole catalogue
+    past: _Coded  # the newest items of the history, as many as the generator looks at
     start: int = 0  # first position after the last accepted drift
 
 
@@ -76,7 +86,7 @@ class Server:
 
     def item_ids(self, user: int) -> Tensor:
         """The user's codes of all items, [N, L]."""
-        return torch.cat([self.model.shared_codes, self._of(user).codes], dim=1)
+        return torch.cat([self.model.shared_codes, self._of(user).items.codes], dim=1)
 
     @torch.no_grad()
     def recommend(self, user: int, k: int) -> Tensor:
@@ -94,7 +104,7 @@ class Server:
     @torch.no_grad()
     def scores(self, user: int) -> Tensor:
         """Scores of all items in the codes the user has, [N]."""
-        model, codes = self.model, self._of(user).codes
+        model, codes = self.model, self._of(user).items.codes
         state = self._encode(user)  # [1, d]
         # <h, E> for each digit and code, looked up for each item: no [N, d] sums for each user
         table = model.tokens.weight[model.own.shared_digits * model.own.codes :] @ state[0]
@@ -113,6 +123,7 @@ class Server:
             raise ValueError(f"items are numbered 1 to {len(self.rows)}")
         state = self._of(user)
         state.history.extend(items)
+        state.past = self._appended(state, self.rows.new_tensor(items) - 1)
         drift = self._detect(state)
         by_divergence, by_chance = drift.divergence > self.threshold, drift.p_value <= self.p_value
         drifted = by_divergence if self.threshold else by_chance
@@ -130,9 +141,23 @@ class Server:
             if 0 <= user < len(self.histories.offsets) - 1:
                 begin, end = self.histories.offsets[user : user + 2]
                 history = [int(item) for item in self.histories.items[begin:end]]
-            weights = self._weights(user, history)
-            self.states[user] = _State(history, weights, self._codes(weights))
+            weights, past = self._weights(user, history)
+            rows = self.rows.new_tensor(history[-self.window :]) - 1
+            self.states[user] = _State(
+                history,
+                _Coded(self.rows, weights, self._codes(weights, self.rows)),
+                _Coded(rows, past, self._codes(past, rows)),
+            )
         return self.states[user]
+
+    def _appended(self, state: _State, new: Tensor) -> _Coded:
+        """The past with new rows at its end, coded as the user sees items now."""
+        past, items = state.past, state.items
+        return _Coded(
+            torch.cat([past.rows, new])[-self.window :],
+            torch.cat([past.weights, items.weights[:, new]], dim=1)[:, -self.window :],
+            torch.cat([past.codes, items.codes[new]])[-self.window :],
+        )
 
     def _batch(self, user: int, history: list[int]) -> Batch:
         """What the model sees: the newest items, one of padding if there are none."""
@@ -141,17 +166,22 @@ class Server:
         return Batch(users, newest, lengths, torch.zeros_like(newest))
 
     @torch.no_grad()
-    def _weights(self, user: int, history: list[int]) -> Tensor:
-        """alpha-hat, [M, N]: of the whole history, as the model learned them, not from the cut on;
-        so rate 1 is a full recomputation."""
-        view = self.model.view(self._batch(user, history))
-        if self.model.own.personalised == "random":
-            return self.model.modality_weights(view, self.rows)[:, 0]
+    def _weights(self, user: int, history: list[int]) -> tuple[Tensor, Tensor]:
+        """alpha-hat of all items after the history [M, N], and of each of its T newest items when
+        it came [M, T]. Of the whole history, as the model learned them, not from the cut on; so
+        rate 1 is a full recomputation."""
+        model, batch = self.model, self._batch(user, history)
+        view, past = model.view(batch), batch.items[0, : int(batch.lengths)] - 1
+        if model.own.personalised == "random":
+            then = model.grid[model.pair_points(View(view.context, batch.users), past)].T
+            return model.modality_weights(view, self.rows)[:, 0], then
         # as modality_weights, without a copy of all latents
-        return self.model.attention(view.context, self.model.latents, self.model.present)[:, 0]
+        now = model.attention(view.context, model.latents, model.present)[:, 0]
+        contexts = model.contexts(batch)[0, 1 : len(past) + 1]
+        return now, model.attention.pairs(contexts, model.latents[past], model.present[past])
 
-    def _codes(self, weights: Tensor) -> Tensor:
-        return self.model.atlas[nearest_grid_point(weights, self.model.grid), self.rows]
+    def _codes(self, weights: Tensor, rows: Tensor) -> Tensor:
+        return self.model.atlas[nearest_grid_point(weights, self.model.grid), rows]
 
     def _detect(self, state: _State) -> Drift:
         start = max(state.start, len(state.history) - self.window)  # bounds the cost
@@ -161,39 +191,40 @@ class Server:
         return drift._replace(cut=start + drift.cut)
 
     def _move(self, user: int, state: _State) -> None:
-        wanted = self._weights(user, state.history)
-        state.weights = blend_weights(state.weights, wanted, self.rate)
-        best = self._codes(state.weights)
+        now, then = self._weights(user, state.history)
+        state.items = self._followed(state.items, now)
+        state.past = self._followed(state.past, then)
+
+    def _followed(self, coded: _Coded, wanted: Tensor) -> _Coded:
+        """Weights part of the way to `wanted` [M, R], and the digits that this pays for."""
+        weights = blend_weights(coded.weights, wanted, self.rate)
+        best = self._codes(weights, coded.rows)
         if self.margin:  # else nothing to weigh up, and rounding must not keep a digit
-            row, digit = torch.nonzero(best != state.codes, as_tuple=True)  # [P] digits at stake
-            pair = torch.stack([state.codes[row, digit], best[row, digit]], dim=1)  # [P, 2]
-            scores = self._digit_scores(state.weights, row, digit, pair)
+            place, digit = torch.nonzero(best != coded.codes, as_tuple=True)  # [P] digits at stake
+            pair = torch.stack([coded.codes[place, digit], best[place, digit]], dim=1)  # [P, 2]
+            scores = self._digit_scores(weights[:, place], coded.rows[place], digit, pair)
             keep = torch.zeros_like(pair[:, :1])
             choice = digits_with_hysteresis(scores[:, None], keep, self.margin)  # 0 old, 1 new
-            best[row, digit] = pair.gather(1, choice)[:, 0]
-        state.codes = best
+            best[place, digit] = pair.gather(1, choice)[:, 0]
+        return _Coded(coded.rows, weights, best)
 
     def _digit_scores(self, weights: Tensor, row: Tensor, digit: Tensor, codes: Tensor) -> Tensor:
-        """Blended table scores of two codes [P, 2] of one digit of one item, both [P] -> [P, 2]."""
+        """Blended table scores of two codes [P, 2] of one digit of one item, both [P], under
+        weights [M, P]: [P, 2]."""
         model = self.model  # the atlas knows the best code: two entries of a table are enough
-        points = model.grid[nearest_grid_point(weights[:, row], model.grid)]  # [P, M]
+        points = model.grid[nearest_grid_point(weights, model.grid)]  # [P, M]
         n_digits, _, n_modalities, width = model.quantiser.codebooks.shape
         parts = model.latents.view(-1, n_modalities, n_digits, width)[row, :, digit]  # [P, M, s]
         words = model.quantiser.codebooks[digit[:, None], codes]  # [P, 2, M, s]
         return n_digits**0.5 * torch.einsum("pm,pms,pcms->pc", points, parts, words)
 
     def _encode(self, user: int) -> Tensor:
-        """State after the history, its items in the codes the user has: [1, d], as PMAT.encode."""
+        """State after the history, its items in the codes the user had for them: [1, d]."""
         model, state = self.model, self._of(user)
         batch = self._batch(user, state.history)
-        rows = batch.items[0, : int(batch.lengths)] - 1
-        personal = model._sum(state.codes[rows], model.own.shared_digits)
-        x = batch.items.new_zeros(1, batch.items.shape[1], model.own.width, dtype=self.fixed.dtype)
-        x[0, : len(rows)] = self.fixed[rows] + personal
-        x = model.norm(x + model.positions(batch.lengths, x.shape[1]))
-        for block in model.blocks:
-            x = block(x, (batch.items > 0)[:, :, None].to(x.dtype))
-        last = at_last(x, batch.lengths)
+        vectors = self.fixed[state.past.rows]
+        vectors = vectors + model._sum(state.past.codes, model.own.shared_digits)
+        last = at_last(model.generate(vectors, batch), batch.lengths)
         if model.prefix is not None:
             last = last + model.prefix(model.view(batch).context)
         return last

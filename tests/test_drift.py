@@ -20,7 +20,7 @@ from model_parts.drift import (
     digits_with_hysteresis,
     topic_drift,
 )
-from our_models.pmat import whitened_latents
+from our_models.tokenizer import whitened_latents
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 # Largest distance of 300 uniform numbers from the diagonal, exceeded once in 100 times.

@@ -152,21 +152,21 @@ def test_update_without_drift_leaves_ids_alone(serve: Callable[..., Server]) -> 
     server = serve(p_value=0.0)
     for user in USERS:
         before, scores = server.item_ids(user), server.scores(user)
-        weights = server.states[user].weights
+        weights = server.states[user].items.weights
         server.update(user, unlike(server, user))
         assert torch.equal(server.item_ids(user), before)
-        assert torch.equal(server.states[user].weights, weights)
+        assert torch.equal(server.states[user].items.weights, weights)
         assert not torch.equal(server.scores(user), scores)  # the history still counts
 
 
 def test_drift_moves_weights_and_starts_anew(serve: Callable[..., Server]) -> None:
     server = serve(p_value=1.0, rate=0.25, margin=0.0)
-    before = server.item_ids(0), server._of(0).weights
+    before = server.item_ids(0), server._of(0).items.weights
     drift = server.update(0, unlike(server, 0))
     state = server.states[0]
     assert state.start == drift.cut > 0
-    wanted = server._weights(0, state.history)
-    assert torch.allclose(state.weights - wanted, 0.75 * (before[1] - wanted), atol=1e-6)
+    wanted = server._weights(0, state.history)[0]
+    assert torch.allclose(state.items.weights - wanted, 0.75 * (before[1] - wanted), atol=1e-6)
     later = server.update(0, unlike(server, 0, 8)[4:])
     assert later.cut >= drift.cut
 
@@ -185,9 +185,9 @@ def test_margin_keeps_digits_and_every_change_pays(serve: Callable[..., Server])
         server = serve(rate=1.0, margin=margin)
         model, total = server.model, 0
         for user in USERS:
-            old = server.states[user].codes if user in server.states else server._of(user).codes
+            old = server._of(user).items.codes
             server.update(user, unlike(server, user), force=True)
-            new, weights = server.states[user].codes, server.states[user].weights
+            new, weights = server.states[user].items.codes, server.states[user].items.weights
             points = model.grid[(weights.T[:, None] - model.grid).norm(dim=2).argmin(1)].T
             tables = (model.quantiser.tables(model.latents) * points[:, None, :, None]).sum(0)
             score = [tables.gather(2, c.T[..., None])[..., 0].T for c in (old, new)]

@@ -1,0 +1,133 @@
+"""The tokenizer of PMAT: latents of every modality, shared codes, and the atlas of personal codes.
+
+DESIGN section 5.1 and 5.4. An item has `shared_digits` codes that are the same for everybody, from
+all its modalities together, and `personal_digits` codes of a blend x(alpha) of its modalities.
+Weights are resolved to a grid of G blends, so the codes of all items under all blends are one
+static atlas [G, N, L_f], and decoding from it is exact. Modalities are those of the catalogue and,
+with `pmat.behaviour`, one made of train histories.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import PMAT as PMATConfig
+from config import Config
+from model_parts.base import Recommender, TrainingData
+from model_parts.behaviour import behaviour_vectors
+from model_parts.fusion import simplex_grid
+from model_parts.quantisers import BlendQuantiser, ProductQuantiser, whitened_pca
+
+
+class PersonalTokenizer(Recommender):
+    """Codes of all items under all blends of their modalities."""
+
+    counts: Tensor  # [N] train interactions
+    latents: Tensor  # [N, M, z] unit rows, zero where missing
+    present: Tensor  # [N, M] bool
+    grid: Tensor  # [G, M] blends
+    corners: Tensor  # [M] blends of one modality alone
+    shared_codes: Tensor  # [N, L_s]
+    atlas: Tensor  # [G, N, L_f]
+
+    def __init__(self, config: Config, catalogue: Any = None) -> None:
+        super().__init__()
+        self.own = own = config.pmat
+        self.n_codes = own.codes
+        n_items = config.n_items(catalogue)
+        n_modalities = config.n_modalities(catalogue) + own.behaviour
+        grid = simplex_grid(n_modalities, own.grid)
+        self.register_buffer("grid", grid)
+        self.register_buffer("corners", grid.argmax(0))
+        self.register_buffer("counts", torch.ones(n_items))
+        self.register_buffer("latents", torch.zeros(n_items, n_modalities, own.latent))
+        self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
+        self.register_buffer("shared_codes", torch.zeros(n_items, own.shared_digits).long())
+        self.register_buffer("atlas", torch.zeros(len(grid), n_items, own.personal_digits).long())
+        self.quantiser = BlendQuantiser(n_modalities, own.latent, own.personal_digits, own.codes)
+
+    def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
+        """Latents, shared codes and atlas. Fitted on items that occur in train; all are encoded.
+
+        Raises ValueError without features.
+        """
+        items = torch.tensor(data.train.items, dtype=torch.long)
+        self.counts.copy_(torch.bincount(items, minlength=data.n_items + 1)[1:])
+        latents, present = item_latents(data, self.counts > 0, self.own, generator)
+        self.latents.copy_(latents)
+        self.present.copy_(present)
+        self.fit_codes(generator)
+
+    def fit_codes(self, generator: torch.Generator) -> None:
+        """Codebooks and codes of the latents as they are."""
+        in_train = self.counts > 0
+        if self.own.shared_digits:
+            together = self.latents.flatten(1)
+            together = whitened_pca(together, in_train, together.shape[1])
+            width = together.shape[1] - together.shape[1] % self.own.shared_digits
+            quantiser = ProductQuantiser(width, self.own.shared_digits, self.own.codes)
+            quantiser.fit(together[in_train][:, :width], generator)
+            self.shared_codes.copy_(quantiser.encode(together[:, :width]))
+        fitted = self.latents[in_train]
+        points = torch.randint(len(self.grid), (4, len(fitted)), generator=generator)
+        blends = (self.grid[points][..., None] * fitted).flatten(0, 1)  # [4 N, M, z]
+        blends = blends[blends.flatten(1).norm(dim=1) > 0]  # all weight on a missing modality
+        self.quantiser.fit(blends, generator)
+        self.atlas.copy_(self.quantiser.atlas(self.latents, self.grid))
+
+    def ids(self, points: Tensor, rows: Tensor) -> Tensor:
+        """Codes of items under blends, both [P] -> [P, L_s + L_f]."""
+        return torch.cat([self.shared_codes[rows], self.atlas[points, rows]], dim=1)
+
+    def describe(self) -> dict[str, Any]:
+        """Adds the number of blends and the digits of an ID."""
+        digits = self.own.shared_digits + self.own.personal_digits
+        return super().describe() | {"blends": len(self.grid), "digits": digits}
+
+
+def item_latents(
+    data: TrainingData, in_train: Tensor, own: PMATConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Latents [N, M, z] and presence [N, M] of the catalogue's modalities, and of behaviour.
+
+    Raises ValueError without features.
+    """
+    latents, present = whitened_latents(data.catalogue, in_train, own.latent, generator)
+    if own.behaviour:
+        vectors, known = behaviour_vectors(data.train, data.n_items, own.latent, generator)
+        turned = vectors @ random_rotation(own.latent, generator)
+        latents = torch.cat([latents, turned[:, None]], dim=1)
+        present = torch.cat([present, known[:, None]], dim=1)
+    return latents, present
+
+
+def whitened_latents(
+    catalogue: Any, in_train: Tensor, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Unit latents of each modality [N, M, width], zero where missing, and presence [N, M].
+
+    Raises ValueError for a catalogue without features.
+    """
+    modalities = list((getattr(catalogue, "modalities", None) or {}).values())
+    if not modalities:
+        raise ValueError("PMAT needs item features (text.npy, visual.npy, ...) to make IDs of.")
+    latents, present = [], []
+    for features, known in modalities:
+        known = torch.tensor(known, dtype=torch.bool)
+        features = torch.tensor(features, dtype=torch.float32)
+        white = whitened_pca(features, in_train & known, width)
+        white = F.pad(white, (0, width - white.shape[1]))
+        # a random rotation spreads the principal components evenly over sub-vectors
+        turned = white @ random_rotation(width, generator)
+        latents.append(F.normalize(turned, dim=1) * known[:, None])
+        present.append(known)
+    return torch.stack(latents, dim=1), torch.stack(present, dim=1)
+
+
+def random_rotation(width: int, generator: torch.Generator) -> Tensor:
+    """An orthogonal matrix [width, width]."""
+    return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
