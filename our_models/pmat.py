@@ -147,16 +147,19 @@ class PMAT(PersonalTokenizer):
 
     def contexts(self, batch: Batch) -> Tensor:
         """q_u before the first item and after each one, [B, T + 1, c]."""
-        B, T = batch.items.shape
-        if self.context is None:
-            return self.tokens.weight.new_zeros(B, T + 1, 1)
+        T = batch.items.shape[1]
         summaries = self.summaries(batch.items)
         if self.own.personalised == "permuted":
             summaries = self.strangers[batch.users % _STRANGERS][:, None].expand(-1, T, -1)
         elif not self.own.dynamic:  # what the first items said holds for ever
             summaries = summaries[:, torch.arange(T).clamp(max=self.own.warm_items - 1)]
-        summaries = F.pad(summaries, (0, 0, 1, 0))
-        return torch.cat([self.context(summaries), summaries[..., -len(self.corners) :]], dim=2)
+        return self.context_of(F.pad(summaries, (0, 0, 1, 0)))
+
+    def context_of(self, summaries: Tensor) -> Tensor:
+        """q_u of summaries [..., summary]: [..., c]; one zero where nothing depends on it."""
+        if self.context is None:
+            return summaries.new_zeros(*summaries.shape[:-1], 1)
+        return torch.cat([self.context(summaries), summaries[..., -len(self.corners) :]], dim=-1)
 
     def pair_points(self, view: View, rows: Tensor) -> Tensor:
         """Blend under which each of P users sees one item, [P]."""
@@ -353,12 +356,32 @@ class PMAT(PersonalTokenizer):
 
     @torch.no_grad()
     def item_ids(self, batch: Batch | None = None) -> Tensor:
-        """Codes as each user sees them now, [B, N, L]; under even weights without users, [N, L]."""
+        """Codes as each user sees them now, [B, N, L]; under even weights without users, [N, L].
+
+        With late weights nothing about a code depends on users: the digits of all modalities.
+        """
         rows = torch.arange(len(self.counts), device=self.counts.device)
+        if self.own.fusion == "late":
+            codes = torch.cat([self.shared_codes, *self.atlas[self.corners]], dim=1)
+            return codes if batch is None else codes.expand(len(batch.users), -1, -1)
         if batch is None:
             return self.ids(torch.zeros_like(rows), rows)
         points = nearest_grid_point(self.modality_weights(self.view(batch), rows), self.grid)
         return torch.stack([self.ids(p, rows) for p in points])
+
+    @torch.no_grad()
+    def blend_law(self) -> Tensor:
+        """Share of each blend among random users and items of train, [G]: what `pmat.law` wants."""
+        rows = torch.arange(len(self.counts), device=self.counts.device)[
+            :: len(self.counts) // 500 + 1
+        ]
+        view = View(self.context_of(self.strangers), torch.arange(_STRANGERS, device=rows.device))
+        points = nearest_grid_point(self.modality_weights(view, rows), self.grid)
+        return torch.bincount(points.flatten(), minlength=len(self.grid)) / points.numel()
+
+    def describe(self) -> dict[str, Any]:
+        """Adds the share of each blend among users and items (`pmat.law` of the control)."""
+        return super().describe() | {"law": [round(p, 4) for p in self.blend_law().tolist()]}
 
     @torch.no_grad()
     def modality_weights_of(self, batch: Batch) -> Tensor:
