@@ -95,7 +95,6 @@ def test_atlas_codes_are_codes_of_the_users_blend(made, task) -> None:
 
 def test_small_catalogue_loss_is_the_exact_softmax(made, task) -> None:
     model, batch = made(), histories(task)
-    states, contexts = model.encode(batch)
     expected = []
     for user in range(len(batch.users)):
         for step in range(int(batch.lengths[user])):
@@ -197,9 +196,8 @@ def test_behaviour_is_one_more_modality(made, task) -> None:
     assert torch.isfinite(model.loss(histories(task))["item"])
 
 
-def test_beta_scales_a_dense_vector(made, task) -> None:
-    model, batch = made({"pmat.beta": 0.5}), histories(task)
-    rows = torch.arange(50)
+def test_beta_scales_a_dense_vector(made) -> None:
+    model, rows = made({"pmat.beta": 0.5}), torch.arange(50)
     with torch.no_grad():
         dense = model.residual.weight.clone()
         model.residual.weight.zero_()
@@ -222,7 +220,7 @@ def test_digit_loss_is_the_mean_over_digits(made, task) -> None:
     wanted = batch.targets > 0
     ids = model.item_ids()[batch.targets[wanted] - 1]
     tables = model.tokens.weight.view(8, 16, -1)
-    losses = [F.cross_entropy(states[wanted] @ tables[l].T, ids[:, l]) for l in range(8)]
+    losses = [F.cross_entropy(states[wanted] @ tables[j].T, ids[:, j]) for j in range(8)]
     found = model.loss(batch)["digits"]
     assert found.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
 

@@ -1,0 +1,248 @@
+"""MCRL alone and with PMAT: construction, the three losses, gradients, joint training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import Config, build_config
+from data_utils import train_batch, train_examples
+from experiments.mcrl import train_mcrl_model
+from experiments.runs import Task
+from model_parts.base import Batch, TrainingData
+from model_parts.contrastive import aligned, feature_neighbours, info_nce, one_prefix_each
+from our_models.mcrl import MCRL, PMATWithMCRL, sample_positive_negative_ids
+from util import seed_everything
+
+LEVELS = {"user", "intra", "inter"}
+
+
+def random(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Callable[..., Config], task: Task) -> Callable[..., MCRL | PMATWithMCRL]:
+    """`made("mcrl", {"mcrl.user": 0.0})` -> a prepared model."""
+
+    def make(name: str, settings: dict[str, Any] | None = None) -> MCRL | PMATWithMCRL:
+        seed_everything(7)
+        config = tiny(name, {"mcrl.stage_one_epochs": 1} | (settings or {}), dropout=False)
+        model = {"mcrl": MCRL, "pmat_mcrl": PMATWithMCRL}[name](config, task.dataset.catalogue)
+        train, catalogue = task.split.train, task.dataset.catalogue
+        data = TrainingData(train, catalogue, train.n_users, catalogue.n_items)
+        model.prepare(data, random(7))
+        return model
+
+    return make
+
+
+def examples(model: Any, task: Task) -> Batch:
+    train = task.split.train
+    found = train_examples(train, model.examples, 16)
+    index = np.linspace(0, len(found.users) - 1, 24).astype(int)
+    return Batch(*map(torch.from_numpy, train_batch(train, found, index)))
+
+
+# ---- construction ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [MCRL, PMATWithMCRL])
+def test_models_are_built_from_a_config_alone(model: type) -> None:
+    built = model(build_config({"run.model": model.name}))
+    assert built.describe()["parameters"] > 0
+
+
+# ---- forward and backward ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mcrl", "pmat_mcrl"])
+def test_all_three_losses_are_there_and_finite_with_gradients(made, task, name: str) -> None:
+    model = made(name)
+    parts = model.loss(examples(model, task))
+    assert set(parts) >= LEVELS
+    assert all(bool(torch.isfinite(part)) and float(part.detach()) > 0 for part in parts.values())
+    sum(parts.values()).backward()
+    for label, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, label
+            assert bool(torch.isfinite(parameter.grad).all()), label
+
+
+@pytest.mark.parametrize("name", ["mcrl", "pmat_mcrl"])
+@pytest.mark.parametrize("level", sorted(LEVELS))
+def test_each_level_can_be_switched_off_and_weighed(made, task, name: str, level: str) -> None:
+    off = made(name, {f"mcrl.{level}": 0.0})
+    assert level not in off.loss(examples(off, task))
+    values = []
+    for weight in (1.0, 3.0):
+        model = made(name, {f"mcrl.{level}": weight, "mcrl.stage_one_epochs": 0})
+        torch.manual_seed(3)
+        values.append(float(model.loss(examples(model, task))[level].detach()))
+    assert values[1] == pytest.approx(3 * values[0], rel=1e-4)
+
+
+def test_lambdas_scale_the_two_halves(made, task) -> None:
+    found = []
+    for lambdas in ((1.0, 1.0), (2.0, 0.5)):
+        settings = {"mcrl.lambda_pmat": lambdas[0], "mcrl.lambda_mcrl": lambdas[1]}
+        model = made("pmat_mcrl", settings | {"mcrl.stage_one_epochs": 0})
+        torch.manual_seed(3)
+        parts = model.loss(examples(model, task))
+        found.append({label: float(part.detach()) for label, part in parts.items()})
+    one, other = found
+    assert other["item"] == pytest.approx(2 * one["item"], rel=1e-4)
+    for level in LEVELS:
+        assert other[level] == pytest.approx(0.5 * one[level], rel=1e-4)
+    alone = made("pmat_mcrl", {"mcrl.lambda_mcrl": 0.0})
+    assert not LEVELS & set(alone.loss(examples(alone, task)))
+
+
+# ---- pairs -------------------------------------------------------------------------------------
+
+
+def test_positives_and_forbidden_negatives_by_hand() -> None:
+    items = torch.tensor([[1, 2, 0], [4, 5, 6], [7, 3, 0]])
+    targets = torch.tensor([[0, 3, 0], [0, 0, 1], [0, 9, 0]])
+    batch = Batch(torch.arange(3), items, torch.tensor([2, 3, 2]), targets)
+    profiles = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]])
+    rows, own, similar, forbidden = sample_positive_negative_ids(batch, profiles)
+    assert rows.tolist() == [2, 0, 8]
+    assert own.tolist() == [0, 1, 2]
+    assert similar.tolist() == [2, 2, 0]
+    # user 0 has had item 1; user 2 has had item 3; own and similar items are no negatives
+    assert forbidden.tolist() == [[True, True, True], [False, True, True], [True, False, True]]
+
+
+def test_one_prefix_each_keeps_a_history_and_its_next_item() -> None:
+    items = torch.tensor([[1, 2, 3], [4, 5, 0], [6, 0, 0]])
+    targets = torch.tensor([[2, 3, 7], [0, 8, 0], [0, 0, 0]])
+    batch = Batch(torch.tensor([10, 11, 12]), items, torch.tensor([3, 2, 1]), targets)
+    seen = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        found = one_prefix_each(batch)
+        assert found.users.tolist() == [10, 11]  # the third has no target
+        seen.add(int(found.lengths[0]))
+        for row in range(2):
+            n = int(found.lengths[row])
+            assert torch.equal(found.items[row, :n], items[row, :n])
+            assert not found.items[row, n:].any()
+            assert found.targets[row].sum() == targets[row, n - 1] > 0
+    assert seen == {1, 2, 3}
+
+
+def test_info_nce_by_hand() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
+    positives = torch.tensor([0, 1])
+    plain = info_nce(logits, positives)
+    first = -math.log(math.exp(2) / (math.exp(2) + math.e + 1))
+    second = -math.log(math.e / (1 + math.e + math.exp(3)))
+    assert plain.item() == pytest.approx((first + second) / 2)
+    forbidden = torch.tensor([[True, False, False], [False, False, True]])
+    masked = info_nce(logits, positives, forbidden)  # a positive stays, the large negative goes
+    second = -math.log(math.e / (1 + math.e))
+    assert masked.item() == pytest.approx((first + second) / 2)
+    only = info_nce(logits, positives, forbidden, torch.tensor([0.0, 1.0]))
+    assert only.item() == pytest.approx(second)
+
+
+def test_alignment_is_least_for_equal_forms_and_skips_missing_ones() -> None:
+    forms = F.normalize(torch.randn(12, 8, generator=random()), dim=1)
+    rows, counts = torch.arange(12), torch.ones(12)
+    same = aligned(forms, forms, rows, 0.1, counts)
+    other = aligned(forms, forms.roll(1, 0), rows, 0.1, counts)
+    assert same < other
+    spoilt = forms.clone()
+    spoilt[3] = 100.0
+    counts[3] = 0.0
+    assert torch.allclose(
+        aligned(forms, spoilt, rows, 0.1, counts), aligned(forms, forms, rows, 0.1, counts)
+    )
+
+
+def test_neighbours_are_the_nearest_present_others() -> None:
+    vectors = F.normalize(torch.randn(30, 5, generator=random()), dim=1)
+    present = torch.ones(30, dtype=torch.bool)
+    present[4] = False
+    found = feature_neighbours(vectors, present, 3)
+    similarity = vectors @ vectors.T
+    similarity.fill_diagonal_(-9)
+    similarity[:, 4] = -9
+    assert torch.equal(found[0].sort().values, similarity[0].topk(3).indices.sort().values)
+    assert found[4].tolist() == [4, 4, 4]
+
+
+# ---- what the levels do ------------------------------------------------------------------------
+
+
+def trained(model: Any, task: Task, steps: int = 80) -> Any:
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    batch = examples(model, task)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        sum(model.loss(batch).values()).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def test_inter_level_aligns_the_shared_parts_only(made, task) -> None:
+    settings = {"mcrl.user": 0.0, "mcrl.intra": 0.0, "mcrl.inter": 1.0, "mcrl.commit": 0.0}
+    model = made("mcrl", settings)
+    rows = torch.nonzero(model.present.all(1))[:, 0]
+
+    def cosines() -> tuple[float, float]:
+        items = model.encoded(rows)
+        shared = [project(items[:, m]) for m, project in enumerate(model.shared)]
+        return (
+            float(F.cosine_similarity(*shared).mean()),
+            float(F.cosine_similarity(items[:, 0], items[:, 1]).mean()),
+        )
+
+    with torch.no_grad():
+        before = cosines()
+    trained(model, task)
+    with torch.no_grad():
+        after = cosines()
+    assert after[0] > before[0] + 0.2
+    assert abs(after[1]) < 0.5  # whole latents stay apart, so that weights keep a meaning
+
+
+def test_joint_training_lowers_every_level(made, task) -> None:
+    model = made("pmat_mcrl", {"mcrl.lambda_mcrl": 1.0})
+    batch = examples(model, task)
+
+    def parts() -> dict[str, float]:
+        torch.manual_seed(5)
+        return {label: float(part.detach()) for label, part in model.loss(batch).items()}
+
+    before = parts()
+    trained(model, task)
+    after = parts()
+    for label in ("item", *LEVELS):
+        assert after[label] < before[label], label
+
+
+def test_stage_one_gives_pmat_its_latents_and_is_then_left_alone(made, task) -> None:
+    model = made("pmat_mcrl")
+    everything = torch.arange(len(model.counts))
+    with torch.no_grad():
+        assert torch.allclose(model.latents, model.mcrl.encoded(everything), atol=1e-6)
+    assert not any(p.requires_grad for p in model.mcrl.parameters())
+    before = model.latents.clone()
+    trained(model, task, steps=3)
+    assert torch.equal(model.latents, before)
+
+
+@pytest.mark.parametrize("name", ["mcrl", "pmat_mcrl"])
+def test_documented_training_function(tiny, task, tmp_path, name: str) -> None:
+    found = train_mcrl_model(tiny(name, {"mcrl.stage_one_epochs": 1}), task, tmp_path / "run")
+    assert found["model"] == name
+    assert 0 <= found["test"]["ndcg@10"] <= 1
+    assert (tmp_path / "run" / "metrics.json").exists()
