@@ -307,18 +307,19 @@ class PMAT(PersonalTokenizer):
         taken to change with alpha_m as much as the item's codes under modality m alone score
         higher."""
         scores = states @ fixed.T
-        products = states @ every.transpose(1, 2)  # [G or M, P, S]
+        products = states @ every.flatten(0, 1).T  # one product for all blends
+        products = products.view(len(states), len(every), len(rows))  # [P, G or M, S]
         if self.own.fusion == "late":
-            return scores + (blend_weights_of(sides, item_sides) * products).sum(0)
+            return scores + (blend_weights_of(sides, item_sides).transpose(0, 1) * products).sum(1)
         if self.own.personalised == "random":
             points = random_grid_points(users[:, None], rows[None], self.law)
-            return scores + products.gather(0, points[None])[0]
+            return scores + products.gather(1, points[:, None])[:, 0]
         weights = blend_weights_of(sides, item_sides)  # [M, P, S]
         points = nearest_grid_point(weights.detach(), self.grid)  # [P, S]
-        scores = scores + products.gather(0, points[None])[0]
+        scores = scores + products.gather(1, points[:, None])[:, 0]
         if not (learn and weights.requires_grad):
             return scores
-        pure = products.detach()[self.corners]  # [M, P, S], each modality alone
+        pure = products.detach()[:, self.corners].transpose(0, 1)  # [M, P, S], one modality alone
         return scores + (pure * (weights - weights.detach())).sum(0)
 
     def _digit_loss(self, states: Tensor, view: View, targets: Tensor) -> Tensor:
