@@ -163,6 +163,9 @@ class RPG:
     )
     features: str = choice("all", ("all", "text"), "what IDs are made of: all modalities, or text")
     tokenizer: str = choice("opq", ("opq", "random"), "random codes are the control")
+    start_from_codewords: bool = setting(
+        False, "token vectors start as codewords; the paper starts at random"
+    )
     decoding: str = choice(
         "exhaustive", ("exhaustive", "graph"), "score all items, or walk the graph"
     )
@@ -179,6 +182,9 @@ class PMAT:
     personal_digits: int = number(16, 1, 1024, "codes that depend on user and item")
     codes: int = number(256, 2, 65536, "codes per digit")
     latent: int = number(64, 4, 4096, "width of each modality before the blend")
+    start_from_codewords: bool = setting(
+        True, "code vectors start where codewords are, not at random"
+    )
     behaviour: bool = setting(False, "one more modality: which items train histories have together")
     grid: int = number(4, 1, 64, "steps of a modality weight: weights are multiples of 1 / grid")
     personalised: str = choice(
@@ -209,6 +215,9 @@ class PMAT:
     dropout: float = number(0.5, 0.0, 0.95, "everywhere")
     filter: float = number(0.7, 0.0, 1.0, "weight of the frequency filter against attention")
     cutoff: int = number(5, 1, 1000, "low frequencies of the filter: cutoff // 2 + 1 pass")
+    causal: bool = setting(
+        True, "look back only and learn at every position; else a pass for every prefix (slower)"
+    )
     negatives: int = number(1024, 1, 10_000_000, "items sampled for the softmax of a step")
 
 

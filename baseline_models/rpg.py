@@ -36,9 +36,10 @@ from model_parts.decoding import (
     similarity_graph,
     token_rows,
 )
-from model_parts.quantisers import ProductQuantiser, whitened_pca
+from model_parts.quantisers import ProductQuantiser, projected_codewords, whitened_pca
 
 _WALK_SEED = 2024
+_INIT_STD = 0.02
 
 
 class RPG(Recommender):
@@ -76,10 +77,10 @@ class RPG(Recommender):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        init_weights(self)
+        init_weights(self, _INIT_STD)
         for block in self.blocks:  # GPT-2: residual branches start smaller the deeper the network
             for layer in (block.attention.project_out, block.feed_forward.contract):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.own.layers))
+                nn.init.normal_(layer.weight, std=_INIT_STD / math.sqrt(2 * self.own.layers))
         nn.init.zeros_(self.heads.weight)
         bound = 1 / math.sqrt(self.own.width)
         nn.init.uniform_(self.heads.bias, -bound, bound)
@@ -116,7 +117,12 @@ class RPG(Recommender):
         # too few components for m digits: zeros fill up, and the quantiser mixes the directions
         white = white[:, :width] if width else F.pad(white, (0, digits - white.shape[1]))
         quantiser = ProductQuantiser(white.shape[1], digits, self.own.codes)
-        return quantiser.fit(white[fit_rows], generator).encode(white)
+        codes = quantiser.fit(white[fit_rows], generator).encode(white)
+        if self.own.start_from_codewords:
+            rows = projected_codewords(quantiser.codebooks, self.own.width, generator)
+            with torch.no_grad():
+                self.tokens.weight[1:-1] = rows * _INIT_STD * math.sqrt(self.own.width)
+        return codes
 
     # ----------------------------------------------------------------- network
 

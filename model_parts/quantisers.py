@@ -247,6 +247,18 @@ class BlendQuantiser(nn.Module):
         return latents.view(len(latents), modalities, digits, part).permute(2, 0, 1, 3)
 
 
+def projected_codewords(codebooks: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """Random projections of codebooks [L, K, s] to vectors [L K, width], digit by digit.
+
+    Rows of digit l start at l K, as token tables are laid out. Dot products of sums of them
+    estimate those of the vectors the codes stand for (Johnson and Lindenstrauss). Mean length 1.
+    """
+    n_digits, _, part = codebooks.shape
+    turn = torch.randn(n_digits, part, width, generator=generator).to(codebooks)
+    rows = (codebooks @ turn).flatten(0, 1)
+    return rows / rows.norm(dim=1).mean().clamp(min=1e-12)
+
+
 def _look_up(codebooks: Tensor, codes: Tensor) -> Tensor:
     """Codebooks [L, K, s] and codes [N, L] -> [N, L * s]."""
     return codebooks[torch.arange(len(codebooks), device=codes.device), codes].flatten(1)

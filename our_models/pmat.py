@@ -35,6 +35,7 @@ from model_parts.fusion import (
     nearest_grid_point,
     random_grid_points,
 )
+from model_parts.quantisers import projected_codewords
 from our_models.tokenizer import PersonalTokenizer
 
 # Contexts of other users that the control with permuted users looks through.
@@ -54,7 +55,6 @@ class PMAT(PersonalTokenizer):
     """Personalised semantic IDs, decoded exactly."""
 
     name = "pmat"
-    examples = "positions"
     ablations = {
         "even weights": {"pmat.personalised": "none"},
         "item weights": {"pmat.personalised": "item"},
@@ -66,6 +66,7 @@ class PMAT(PersonalTokenizer):
         "no shared digits": {"pmat.shared_digits": 0, "pmat.personal_digits": 32},
         "weights never updated": {"pmat.dynamic": False},
         "no consistency": {"pmat.consistency": 0.0},
+        "random code vectors at first": {"pmat.start_from_codewords": False},
         "dense residual": {"pmat.beta": 1.0},
     }
     search_space = {
@@ -90,20 +91,19 @@ class PMAT(PersonalTokenizer):
         digits = own.shared_digits + meanings * own.personal_digits
         self.tokens = nn.Embedding(digits * own.codes, own.width)
         self.residual = nn.Embedding(n_items, own.width) if own.beta else None
-        self.positions = Positions(window, own.width, from_end=False)
+        # the filter of BSARec looks both ways, so it needs an example for every prefix
+        self.examples = "positions" if own.causal else "prefixes"
+        self.positions = Positions(window, own.width, from_end=not own.causal)
         self.norm = nn.LayerNorm(own.width, eps=1e-12)
         self.dropout = nn.Dropout(own.dropout)
         self.blocks = nn.ModuleList(
             FrequencyBlock(
-                window, own.cutoff, own.filter, own.width, own.heads, own.dropout, causal=True
+                window, own.cutoff, own.filter, own.width, own.heads, own.dropout, own.causal
             )
             for _ in range(own.layers)
         )
         init_weights(self)
-        # a sum of L code vectors should be as long as one item embedding of the baselines
-        nn.init.normal_(
-            self.tokens.weight, std=0.02 / math.sqrt(own.shared_digits + own.personal_digits)
-        )
+        nn.init.normal_(self.tokens.weight, std=self._token_length() / math.sqrt(own.width))
         level = "user_item" if own.personalised == "permuted" else own.personalised
         self.attention = ModalityAttention(
             own.context + n_modalities, own.latent, n_modalities, own.attention, level
@@ -126,6 +126,24 @@ class PMAT(PersonalTokenizer):
             history = items[offsets[user] : offsets[user + 1]]
             end = int(torch.randint(1, len(history) + 1, (), generator=generator))
             self.strangers[row] = self.summaries(history[None, :end])[0, -1]
+
+    def _token_length(self) -> float:
+        # a sum of L code vectors should be as long as one item embedding of the baselines
+        digits = self.own.shared_digits + self.own.personal_digits
+        return 0.02 * math.sqrt(self.own.width / digits)
+
+    @torch.no_grad()
+    def fit_codes(self, generator: torch.Generator) -> None:
+        """Codebooks, codes, and code vectors that start out where their codewords are: items that
+        are alike begin alike."""
+        super().fit_codes(generator)
+        if not self.own.start_from_codewords:
+            return
+        personal, width = self.quantiser.codebooks.flatten(2), self.own.width
+        books = [self.shared_quantiser.codebooks] if self.own.shared_digits else []
+        books += [personal] * (len(self.corners) if self.own.fusion == "late" else 1)
+        rows = torch.cat([projected_codewords(book, width, generator) for book in books])
+        self.tokens.weight.copy_(rows * self._token_length())
 
     # ----------------------------------------------------------------- weights
 

@@ -49,6 +49,8 @@ class PersonalTokenizer(Recommender):
         self.register_buffer("shared_codes", torch.zeros(n_items, own.shared_digits).long())
         self.register_buffer("atlas", torch.zeros(len(grid), n_items, own.personal_digits).long())
         self.quantiser = BlendQuantiser(n_modalities, own.latent, own.personal_digits, own.codes)
+        width = n_modalities * own.latent // max(own.shared_digits, 1) * own.shared_digits
+        self.shared_quantiser = ProductQuantiser(width, max(own.shared_digits, 1), own.codes)
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
         """Latents, shared codes and atlas. Fitted on items that occur in train; all are encoded.
@@ -66,12 +68,11 @@ class PersonalTokenizer(Recommender):
         """Codebooks and codes of the latents as they are."""
         in_train = self.counts > 0
         if self.own.shared_digits:
-            together = self.latents.flatten(1)
-            together = whitened_pca(together, in_train, together.shape[1])
-            width = together.shape[1] - together.shape[1] % self.own.shared_digits
-            quantiser = ProductQuantiser(width, self.own.shared_digits, self.own.codes)
-            quantiser.fit(together[in_train][:, :width], generator)
-            self.shared_codes.copy_(quantiser.encode(together[:, :width]))
+            width = len(self.shared_quantiser.mean)
+            together = whitened_pca(self.latents.flatten(1), in_train, width)
+            together = F.pad(together, (0, width - together.shape[1]))
+            self.shared_quantiser.fit(together[in_train], generator)
+            self.shared_codes.copy_(self.shared_quantiser.encode(together))
         fitted = self.latents[in_train]
         points = torch.randint(len(self.grid), (4, len(fitted)), generator=generator)
         blends = (self.grid[points][..., None] * fitted).flatten(0, 1)  # [4 N, M, z]

@@ -62,6 +62,17 @@ def test_states_and_codes_know_nothing_of_later_items(made, task, settings) -> N
     assert not torch.allclose(states[:, 4:], others[:, 4:], atol=1e-3)
 
 
+def test_a_filter_that_looks_both_ways_learns_from_prefixes(made, task) -> None:
+    model = made({"pmat.causal": False})
+    assert (model.examples, made().examples) == ("prefixes", "positions")
+    batch = histories(task)
+    other = batch._replace(items=batch.items.clone())
+    other.items[:, 4:] = (other.items[:, 4:] * 7) % 50 + 1
+    other.items[:, 4:] *= batch.items[:, 4:] > 0
+    states, others = model.encode(batch)[0], model.encode(other)[0]
+    assert not torch.allclose(states[:, :4], others[:, :4], atol=1e-4)
+
+
 def test_another_target_leaves_every_code_unchanged(made, task) -> None:
     model, batch = made(), histories(task)
     other = batch._replace(targets=(batch.targets * 3) % 50 * (batch.targets > 0))
