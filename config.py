@@ -281,6 +281,33 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "ml-1m": {"data.k_core": 5},
 }
 
+# On real data: text, pictures, ... and what was taken together, blends of at most two of them.
+REAL_PMAT = {
+    "train.lr": 2e-3,
+    "train.batch_size": 256,
+    "train.epochs": 40,
+    "train.patience": 6,
+    "pmat.behaviour": True,
+    "pmat.shared_digits": 32,
+    "pmat.grid": 2,
+    "pmat.negatives": 512,
+    "pmat.dropout": 0.3,
+}
+
+# Few digits: where an ID can not hold everything about an item, what it leaves out matters.
+MOCK_PMAT = {
+    "train.batch_size": 64,
+    "train.epochs": 25,
+    "train.patience": 5,
+    "pmat.dropout": 0.2,
+    "pmat.codes": 32,
+    "pmat.negatives": 1024,
+    "pmat.shared_digits": 1,
+    "pmat.personal_digits": 4,
+    "pmat.behaviour": False,
+    "pmat.grid": 4,
+}
+
 # By model; under "*" for every data set, else by the data set's name.
 MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sasrec": {
@@ -292,16 +319,16 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mock": {"train.lr": 1e-3, "train.epochs": 15, "bsarec.dropout": 0.2},
     },
     "pmat": {
-        "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
-        "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
+        "*": REAL_PMAT,
+        "mock": MOCK_PMAT,
     },
     "mcrl": {
         "*": {"train.lr": 1e-3, "train.batch_size": 512, "train.epochs": 30},
         "mock": {"train.batch_size": 256, "train.epochs": 20, "pmat.codes": 32},
     },
     "pmat_mcrl": {
-        "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
-        "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
+        "*": REAL_PMAT,
+        "mock": MOCK_PMAT,
     },
     "rpg": {
         # sizes for two CPU cores; the dataclass above has those of the paper
