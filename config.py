@@ -199,12 +199,15 @@ class PMAT:
     prefix: bool = setting(False, "add the user context to the state of the generator")
     dynamic: bool = setting(True, "weights follow the history; else the first items decide")
     warm_items: int = number(3, 1, 1000, "items that decide where weights do not follow")
-    consistency: float = number(0.01, 0.0, 100.0, "weight of the change of alpha from step to step")
+    consistency: float = number(0.1, 0.0, 100.0, "weight of the change of alpha from step to step")
     digit_loss: float = number(0.0, 0.0, 100.0, "weight of the cross-entropy of single digits")
     context: int = number(64, 4, 4096, "width of the user context that weights come from")
     attention: int = number(32, 4, 4096, "width of the modality attention")
     sharpness: float = number(
         8.0, 0.0, 100.0, "alpha starts as softmax(sharpness x coherence of the history)"
+    )
+    prior_pairs: float = number(
+        10.0, 0.0, 1e6, "pairs of items without agreement that every history starts with"
     )
     beta: float = number(
         0.0, 0.0, 100.0, "weight of a dense item vector beside the codes (0: none)"

@@ -64,11 +64,15 @@ def random_grid_points(users: Tensor, rows: Tensor, law: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- the attention
 
 
-def coherence(sums: Tensor, counts: Tensor) -> Tensor:
+def coherence(sums: Tensor, counts: Tensor, prior: float = 0.0) -> Tensor:
     """Mean cosine of two different items of a set, per modality: sums [..., M, z] of their unit
-    latents, counts [..., M] of how many there are -> [..., M], 0 for fewer than two."""
+    latents, counts [..., M] of how many there are -> [..., M], 0 for fewer than two.
+
+    `prior` pairs of cosine 0 are counted in: two or three items say little about a user.
+    """
     pairs = counts * (counts - 1)
-    return (sums.square().sum(-1) - counts) / pairs.clamp(min=1) * (pairs > 0)
+    total = sums.square().sum(-1) - counts
+    return total / (pairs + prior).clamp(min=1) * (pairs > 0)
 
 
 class ModalityAttention(nn.Module):

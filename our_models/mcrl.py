@@ -163,7 +163,8 @@ class MCRL(Recommender):
         latents[seen] = self.encoded(batch.items[seen] - 1)
         known = (latents.detach().square().sum(3) > 0).sum(1)  # [B, M]
         sums = latents.sum(1)
-        alpha = torch.softmax(self.sharpness * coherence(sums, known).detach(), dim=1)
+        agreement = coherence(sums, known, self.sizes.prior_pairs).detach()
+        alpha = torch.softmax(self.sharpness * agreement, dim=1)
         age = (batch.lengths[:, None] - 1 - torch.arange(seen.shape[1], device=seen.device)).clamp(
             0
         )

@@ -86,10 +86,7 @@ class PMAT(PersonalTokenizer):
         summary = n_modalities * (own.latent + 1) + 1
         self.register_buffer("law", _law(own.law, len(self.grid)))
         self.register_buffer("strangers", torch.zeros(_STRANGERS, summary))
-        # with late weights a modality's digits are words of its own
-        meanings = n_modalities if own.fusion == "late" else 1
-        digits = own.shared_digits + meanings * own.personal_digits
-        self.tokens = nn.Embedding(digits * own.codes, own.width)
+        self.tokens = nn.Embedding(self.n_digits * own.codes, own.width)
         self.residual = nn.Embedding(n_items, own.width) if own.beta else None
         # the filter of BSARec looks both ways, so it needs an example for every prefix
         self.examples = "positions" if own.causal else "prefixes"
@@ -129,8 +126,7 @@ class PMAT(PersonalTokenizer):
 
     def _token_length(self) -> float:
         # a sum of L code vectors should be as long as one item embedding of the baselines
-        digits = self.own.shared_digits + self.own.personal_digits
-        return 0.02 * math.sqrt(self.own.width / digits)
+        return 0.02 * math.sqrt(self.own.width / self.n_digits)
 
     @torch.no_grad()
     def fit_codes(self, generator: torch.Generator) -> None:
@@ -151,8 +147,8 @@ class PMAT(PersonalTokenizer):
         """What the history up to each position looks like in each modality, [B, T, M (z + 1) + 1].
 
         Running mean of the unit latents, the log of the number of items, and how coherent the items
-        are in each modality: their mean pairwise cosine, 1 when all agree and 0 when they do not,
-        which tells how much the modality matters to this user.
+        are in each modality: their mean pairwise cosine, shrunk towards 0 for few items, which
+        tells how much the modality matters to this user.
         """
         seen = items > 0
         rows = (items - 1).clamp(min=0)
@@ -161,7 +157,8 @@ class PMAT(PersonalTokenizer):
         counts = known.cumsum(1)
         means = sums / counts.clamp(min=1)[..., None]
         length = seen.cumsum(1).float().log1p()[..., None]
-        return torch.cat([means.flatten(2), length, coherence(sums, counts)], dim=2)
+        agreement = coherence(sums, counts, self.own.prior_pairs)
+        return torch.cat([means.flatten(2), length, agreement], dim=2)
 
     def contexts(self, batch: Batch) -> Tensor:
         """q_u before the first item and after each one, [B, T + 1, c]."""
@@ -207,9 +204,8 @@ class PMAT(PersonalTokenizer):
     def every_personal_vector(self, rows: Tensor) -> Tensor:
         """The same under all blends, [G, S, d]; with late weights, in each modality, [M, S, d]."""
         if self.own.fusion == "late":
-            own = self.own
-            firsts = own.shared_digits + own.personal_digits * torch.arange(len(self.corners))
             codes = self.atlas[self.corners][:, rows]
+            firsts = self.own.shared_digits + codes.shape[2] * torch.arange(len(self.corners))
             return torch.stack([self._sum(c, int(f)) for c, f in zip(codes, firsts, strict=True)])
         codes = self.atlas[:, rows]  # [G, S, L]
         return self._sum(codes.flatten(0, 1), self.own.shared_digits).view(*codes.shape[:2], -1)

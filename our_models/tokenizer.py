@@ -47,8 +47,13 @@ class PersonalTokenizer(Recommender):
         self.register_buffer("latents", torch.zeros(n_items, n_modalities, own.latent))
         self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
         self.register_buffer("shared_codes", torch.zeros(n_items, own.shared_digits).long())
-        self.register_buffer("atlas", torch.zeros(len(grid), n_items, own.personal_digits).long())
-        self.quantiser = BlendQuantiser(n_modalities, own.latent, own.personal_digits, own.codes)
+        # with late weights every modality has digits of its own, no more of them in all
+        digits, self.n_digits = own.personal_digits, own.shared_digits + own.personal_digits
+        if own.fusion == "late":
+            digits = largest_divisor(own.latent, max(digits // n_modalities, 1))
+            self.n_digits = own.shared_digits + n_modalities * digits
+        self.register_buffer("atlas", torch.zeros(len(grid), n_items, digits).long())
+        self.quantiser = BlendQuantiser(n_modalities, own.latent, digits, own.codes)
         width = n_modalities * own.latent // max(own.shared_digits, 1) * own.shared_digits
         self.shared_quantiser = ProductQuantiser(width, max(own.shared_digits, 1), own.codes)
 
@@ -86,8 +91,7 @@ class PersonalTokenizer(Recommender):
 
     def describe(self) -> dict[str, Any]:
         """Adds the number of blends and the digits of an ID."""
-        digits = self.own.shared_digits + self.own.personal_digits
-        return super().describe() | {"blends": len(self.grid), "digits": digits}
+        return super().describe() | {"blends": len(self.grid), "digits": self.n_digits}
 
 
 def item_latents(
@@ -127,6 +131,11 @@ def whitened_latents(
         latents.append(F.normalize(turned, dim=1) * known[:, None])
         present.append(known)
     return torch.stack(latents, dim=1), torch.stack(present, dim=1)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
 
 
 def random_rotation(width: int, generator: torch.Generator) -> Tensor:

@@ -115,6 +115,8 @@ def test_coherence_is_the_mean_cosine_of_pairs() -> None:
     found = coherence(rows.sum(0), torch.tensor([6]))
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
     assert coherence(rows[0], torch.tensor([1])).item() == 0.0
+    shrunk = coherence(rows.sum(0), torch.tensor([6]), prior=10.0)
+    assert shrunk.item() == pytest.approx(expected.item() * 30 / 40, abs=1e-6)
 
 
 # ---- codes of blends ---------------------------------------------------------------------------
