@@ -69,13 +69,20 @@ def encode_images(
     files: list[Path | None], model: str, cache_dir: Path | None = None
 ) -> np.ndarray:
     """[n, d] float32; NaN rows for None and for files that hold no picture. Raises UserError."""
-    keys = [key_of(file.read_bytes()) if file else b"" for file in files]
+    keys = [_content(file) if file else b"" for file in files]
     known_as = identity(model, cache_dir)
     vectors = encode(keys, files, lambda: _image_encoder(model), known_as, cache_dir)
     broken = [file for file, row in zip(files, vectors, strict=True) if file and np.isnan(row[0])]
     if broken:
         log.warning("%s and %d more hold no readable picture", broken[0], len(broken) - 1)
     return vectors
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return key_of(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check it.") from None
 
 
 # --------------------------------------------------------------------------- models
@@ -113,11 +120,14 @@ def _image_encoder(model: str) -> Callable[[list], np.ndarray]:
         width = net(prepare(blank)[None].to(_device())).shape[1]
         out = np.full((len(files), width), np.nan, np.float32)
         for start in range(0, len(files), _BATCH):
-            pictures = [_picture(file) for file in files[start : start + _BATCH]]
-            rows = [row for row, picture in enumerate(pictures, start) if picture]
-            if rows:
-                batch = torch.stack([prepare(picture) for picture in pictures if picture])
-                out[rows] = net(batch.to(_device())).float().cpu().numpy()
+            ready = {  # one picture at a time in its full size
+                row: prepare(picture)
+                for row, file in enumerate(files[start : start + _BATCH], start)
+                if (picture := _picture(file))
+            }
+            if ready:
+                batch = torch.stack(list(ready.values())).to(_device())
+                out[list(ready)] = net(batch).float().cpu().numpy()
         return out
 
     return features
@@ -203,7 +213,7 @@ def _need(model: str, modality: str) -> dict[str, ModuleType]:
             found[module] = importlib.import_module(module)
         except (ImportError, RuntimeError) as error:  # RuntimeError: built for another PyTorch
             raise UserError(
-                f"{modality} features of {model} need the package {package} ({error}): "
+                f"{modality} features of {model} need the package {package} ({_reason(error)}): "
                 "pip install -r requirements-features.txt, or set data.features=none."
             ) from None
     return found
@@ -213,12 +223,18 @@ def _load(model: str, key: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # hubs, file formats and networks each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"data.{key}: {model!r} cannot be loaded ({reason}); where there is no network, give "
-            f"local weights or one of {', '.join(PACKAGED)}, whose weights come in a package "
-            "(requirements-features.txt)."
+            f"data.{key}: {model!r} cannot be loaded ({_reason(error)}); where there is no "
+            f"network, give local weights or one of {', '.join(PACKAGED)}, whose weights come in a "
+            "package (requirements-features.txt)."
         ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what went wrong first: packages wrap it in errors that say less."""
+    while error.__cause__:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _local(model: str) -> Path | None:

@@ -42,6 +42,11 @@ def raw_folder(name: str, root: Path, edition: str, features: str) -> Path:
     if name == "movielens":
         folder = home / (edition or movielens.DEFAULT)
         if not layout(folder):
+            if folder.exists():
+                raise UserError(
+                    f"{folder} is there but lacks ratings.csv and movies.csv (or .dat): put them "
+                    "there, or move it away and run again to download it."
+                )
             obtain_archive(movielens.remote(home, edition), folder, movielens.UNPACKED)
         return folder
     remotes = amazon.remotes(home, edition, features)

@@ -203,6 +203,22 @@ def test_movielens_is_downloaded_and_unpacked(
     assert names(tmp_path / "movielens" / "ml-latest-small") == ["movies.csv", "ratings.csv"]
 
 
+def test_an_archive_put_there_by_hand_is_taken_and_stays(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "movielens").mkdir()
+    (tmp_path / "movielens" / "ml-25m.zip").write_bytes(zipped(ARCHIVE))
+    edition = RawChoices("ml-25m")
+    data = data_readers.read("movielens", data_dir=tmp_path, features="none", raw=edition)
+    assert data.catalogue.titles.tolist() == ["Two"]
+    assert names(tmp_path / "movielens") == ["ml-25m", "ml-25m.zip"]
+
+
+def test_a_folder_without_ratings_is_left_alone(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "movielens" / "ml-25m" / "posters").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"ml-25m is there but lacks ratings.csv and movies.csv"):
+        data_readers.read("movielens", data_dir=tmp_path, raw=RawChoices("ml-25m"))
+    assert names(tmp_path / "movielens" / "ml-25m") == ["posters"]
+
+
 def test_a_damaged_archive_leaves_no_folder(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
