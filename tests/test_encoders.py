@@ -110,6 +110,8 @@ def test_a_model_is_known_by_its_name_or_its_files(tmp_path: Path) -> None:
     assert here != encoders.identity(str(tmp_path / "here"))
     weights = encoders.identity(f"resnet50:{tmp_path / 'here' / 'weights'}")
     assert weights.startswith("resnet50-")
+    with pytest.raises(UserError, match=r"none.pth, from which resnet50 is to take its weights"):
+        encoders.identity("resnet50:none.pth")
 
 
 def movies(path: Path) -> Path:
