@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from data_readers.jobs import Progress
 from util import UserError
@@ -30,7 +30,8 @@ class Lines(NamedTuple):
         """
         try:
             with open(self.path, "rb") as file:
-                progress = Progress(f"reading {self.path}", _size(file) // _MB, " MB")
+                size = os.fstat(file.fileno()).st_size
+                progress = Progress(f"reading {self.path}", size // _MB, " MB")
                 unpacked = gzip.GzipFile(fileobj=file) if self.path.suffix == ".gz" else file
                 for number, raw in enumerate(unpacked, 1):
                     if not raw.isspace():
@@ -64,10 +65,6 @@ class Lines(NamedTuple):
     def fault(self, line: int, problem: str) -> UserError:
         """The error to raise for one line."""
         return UserError(f"{self.path}, line {line}: {problem}; mend or download the file again.")
-
-
-def _size(file: IO[bytes]) -> int:
-    return os.fstat(file.fileno()).st_size
 
 
 def _value(text: str) -> Any:
