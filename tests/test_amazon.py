@@ -361,6 +361,9 @@ def test_the_name_amazon_finds_the_files(folder: Path, tmp_path: Path) -> None:
     assert isinstance(again.sequences.items.base, np.memmap)
     assert first.fingerprint == again.fingerprint
     assert data_readers.read(folder, data_dir=tmp_path, features="none").sequences.n_users == 2
+    for raw in (RawChoices(), RawChoices("2014/Tiny")):  # dropped into data/ itself
+        beside = data_readers.read("amazon", data_dir=folder, features="none", raw=raw)
+        np.testing.assert_array_equal(beside.sequences.items, first.sequences.items)
 
 
 def test_editions_name_their_public_files(tmp_path: Path) -> None:

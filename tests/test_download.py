@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -204,12 +205,16 @@ def test_movielens_is_downloaded_and_unpacked(
 
 
 def test_an_archive_put_there_by_hand_is_taken_and_stays(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "movielens").mkdir()
-    (tmp_path / "movielens" / "ml-25m.zip").write_bytes(zipped(ARCHIVE))
-    edition = RawChoices("ml-25m")
-    data = data_readers.read("movielens", data_dir=tmp_path, features="none", raw=edition)
-    assert data.catalogue.titles.tolist() == ["Two"]
-    assert names(tmp_path / "movielens") == ["ml-25m", "ml-25m.zip"]
+    home = tmp_path / "movielens"
+    for folder, edition in ((home, "ml-25m"), (tmp_path, "")):  # named or not, there or above
+        folder.mkdir(exist_ok=True)
+        (folder / "ml-25m.zip").write_bytes(zipped(ARCHIVE))
+        choice = RawChoices(edition)
+        data = data_readers.read("movielens", data_dir=tmp_path, features="none", raw=choice)
+        assert data.catalogue.titles.tolist() == ["Two"]
+        assert (folder / "ml-25m.zip").is_file() and (home / "ml-25m").is_dir()
+        shutil.rmtree(home)
+    assert not server.asked
 
 
 def test_a_folder_without_ratings_is_left_alone(server: Server, tmp_path: Path) -> None:

@@ -212,7 +212,11 @@ def test_the_name_movielens_finds_the_edition(folder: Path, tmp_path: Path) -> N
     for raw in (RawChoices(), RawChoices("ml-tiny")):
         data = data_readers.read("movielens", data_dir=tmp_path, features="none", raw=raw)
         assert data.name == "ml-tiny"
-    folder.rename(tmp_path / "movielens" / "other")
+    folder.rename(tmp_path / "ml-tiny")  # dropped into data/ itself
+    for raw in (RawChoices(), RawChoices("ml-tiny")):
+        data = data_readers.read("movielens", data_dir=tmp_path, features="none", raw=raw)
+        assert data.name == "ml-tiny"
+    (tmp_path / "ml-tiny").rename(tmp_path / "movielens" / "other")
     write_dat(tmp_path / "movielens" / "dat")
     with pytest.raises(UserError, match=r"could be any of .*/dat, .*/other"):
         data_readers.read("movielens", data_dir=tmp_path, features="none")
