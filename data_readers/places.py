@@ -8,7 +8,6 @@ from pathlib import Path
 
 from data_readers import amazon, movielens
 from data_readers.download import obtain, obtain_archive
-from data_readers.mmrec import inter_file
 from util import UserError
 
 RAW = ("amazon", "movielens")  # layouts of raw public files
@@ -21,7 +20,7 @@ def layout(folder: Path) -> str | None:
         return None
     if (folder / "interactions.csv").is_file():
         return "folder"
-    if inter_file(folder):
+    if any(folder.glob("*.inter")):
         return "mmrec"
     if movielens.ratings_file(folder):
         return "movielens"
