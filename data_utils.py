@@ -279,7 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("--data_dir", default="./data", help="folder of the data sets")
     inspect.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
     found = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pmat").setLevel(logging.INFO)
     try:
         given = {"data.dataset": found.dataset, "data.data_dir": found.data_dir}
         for text in found.set:

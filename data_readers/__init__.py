@@ -61,8 +61,8 @@ def read(
         folder = places.raw_folder(name, root, raw.edition, features)
     else:
         folder = places.find(name, root)
-    # The raw folder is never written to, not even when data_dir lies inside it.
-    outside = folder.resolve() not in (root / "cache").resolve().parents
+    # A folder given by its path is never written to, not even when data_dir lies inside it.
+    outside = name in places.RAW or folder.resolve() not in (root / "cache").resolve().parents
     cache_dir = root / "cache" if use_cache and outside else None
     layout = places.layout(folder)
     if layout in places.RAW:

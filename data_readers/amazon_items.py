@@ -49,14 +49,17 @@ def read_products(path: Path, wanted: set[str]) -> dict[str, Product]:
 
 def _product(record: dict[str, Any]) -> Product:
     title = _text(record.get("title"))
-    path = record.get("categories") or []
-    if path and isinstance(path[0], list):  # 2014: several paths, the first is the main one
+    path = record.get("categories")
+    if isinstance(path, list) and path and isinstance(path[0], list):  # 2014: several, main first
         path = path[0]
-    levels = [level for level in map(_text, path) if level] or [_text(record.get("main_category"))]
+    levels = [level for level in map(_text, path if isinstance(path, list) else [path]) if level]
+    levels = levels or [_text(record.get("main_category"))]
     parts = [title, _text(record.get("brand") or record.get("store")), " > ".join(levels)]
     parts.append(_text(record.get("description")))
     category = levels[1] if len(levels) > 1 else levels[0]
-    return Product(title[:LONGEST_TITLE], category, ". ".join(filter(None, parts))[:LONGEST_TEXT])
+    text = ". ".join(filter(None, parts))
+    limits = (title, LONGEST_TITLE), (category, LONGEST_TITLE), (text, LONGEST_TEXT)
+    return Product(*(words[:limit].rstrip() for words, limit in limits))
 
 
 def _text(value: Any) -> str:

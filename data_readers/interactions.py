@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import pandas as pd
 
 from data_readers.tables import Sequences
 from util import UserError
@@ -80,15 +81,20 @@ def arrange(
 ) -> Arranged:
     """Sort by user and time, drop duplicates, apply min_rating, then k_core.
 
-    With `once` only the first of a user's interactions with an item counts. Users and items are
-    dropped only by k_core; min_rating alone may leave a history empty. Raises UserError where
-    nothing remains or min_rating finds no ratings.
+    With `once` (opinions, not visits) only the first of a user's interactions with an item counts.
+    Users and items are dropped only by k_core; min_rating alone may leave a history empty. Raises
+    UserError where nothing remains or min_rating finds no ratings.
     """
     n_users = int(raw.users.max()) + 1
     order = time_order(raw, options)  # everything below narrows this index into the raw rows
-    order = order[~_duplicates(raw, order, source)]
-    if once:
-        order = order[_firsts(raw.users[order], raw.items[order], n_items)]
+    repeated = _seen_before(raw, order, n_items) if once else _duplicates(raw, order)
+    if repeated.any():
+        same = "user and item" if once else "user, item and timestamp"
+        log.warning(
+            "%s: dropped %d rows that repeat an earlier %s, first at line %d",
+            source.path, repeated.sum(), same, source.line(order[repeated].min()),
+        )  # fmt: skip
+        order = order[~repeated]
     if options.min_rating > 0:
         if raw.ratings is None:
             raise UserError(
@@ -131,7 +137,7 @@ def time_order(raw: Interactions, options: Options) -> np.ndarray:
     return np.lexsort((ties, raw.timestamps, raw.users))
 
 
-def _duplicates(raw: Interactions, order: np.ndarray, source: RawFile) -> np.ndarray:
+def _duplicates(raw: Interactions, order: np.ndarray) -> np.ndarray:
     """[R] bool over `order`: the same user, item and timestamp as an earlier row of the file."""
     repeated = np.zeros(len(order), bool)
     if raw.timestamps is None:
@@ -147,20 +153,14 @@ def _duplicates(raw: Interactions, order: np.ndarray, source: RawFile) -> np.nda
     by_item = np.lexsort((row, item, run))
     again = (np.diff(run[by_item]) == 0) & (np.diff(item[by_item]) == 0)
     repeated[tied[by_item[1:][again]]] = True
-    if repeated.any():
-        log.warning(
-            "%s: dropped %d rows that repeat an earlier user, item and timestamp, first at line %d",
-            source.path, repeated.sum(), source.line(order[repeated].min()),
-        )  # fmt: skip
     return repeated
 
 
-def _firsts(users: np.ndarray, items: np.ndarray, n_items: int) -> np.ndarray:
-    """[R] bool: the first row of each user and item."""
-    first = np.unique(users.astype(np.int64) * n_items + items, return_index=True)[1]
-    mask = np.zeros(len(users), bool)
-    mask[first] = True
-    return mask
+def _seen_before(raw: Interactions, order: np.ndarray, n_items: int) -> np.ndarray:
+    """[R] bool over `order`: the user had this item before, at whatever time."""
+    pairs = raw.users[order].astype(np.int64) * n_items
+    pairs += raw.items[order]
+    return pd.Series(pairs, copy=False).duplicated().to_numpy()
 
 
 def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:

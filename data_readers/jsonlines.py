@@ -5,12 +5,17 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_readers.jobs import Progress
 from util import UserError
+
+_MB = 10**6
+_LOOK = 10_000  # lines between two looks at how far the file has been read
 
 
 class Lines(NamedTuple):
@@ -19,15 +24,20 @@ class Lines(NamedTuple):
     path: Path
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
-        """(line, its bytes) of each line that is not blank.
+        """(line, its bytes) of each line that is not blank, with progress where that takes long.
 
         Raises UserError for a file that is missing, cut short or damaged.
         """
         try:
-            with _open(self.path) as file:
-                for number, raw in enumerate(file, 1):
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                progress = Progress(f"reading {self.path}", size // _MB, " MB")
+                unpacked = gzip.GzipFile(fileobj=file) if self.path.suffix == ".gz" else file
+                for number, raw in enumerate(unpacked, 1):
                     if not raw.isspace():
                         yield number, raw
+                    if number % _LOOK == 0:
+                        progress.add(file.tell() // _MB - progress.done)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(
                 f"{self.path} is cut short or damaged ({error}); download it again."
@@ -55,10 +65,6 @@ class Lines(NamedTuple):
     def fault(self, line: int, problem: str) -> UserError:
         """The error to raise for one line."""
         return UserError(f"{self.path}, line {line}: {problem}; mend or download the file again.")
-
-
-def _open(path: Path) -> Any:
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
 
 
 def _value(text: str) -> Any:

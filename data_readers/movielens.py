@@ -93,16 +93,9 @@ def read_movielens(
 def _build(
     ratings: Path, movies: Path, name: str, sources: dict[str, Source], options: Options, key: str
 ) -> Dataset:
-    table = _read(ratings, RATINGS)
-    # Numbers, not text: 25 million ratings then take 32 bytes each while they are read.
-    users, user_ids = pd.factorize(table.whole("userId"))
-    items, item_ids = pd.factorize(table.whole("movieId"), sort=True)
-    times, stars = (table.frame[column].to_numpy() for column in ("timestamp", "rating"))
-    arranged = arrange(
-        Interactions(users, items, times, stars, None), len(item_ids), options, table
-    )
-    del table, users, items, times, stars
-
+    rows, user_ids, item_ids, source = _read_ratings(ratings)
+    arranged = arrange(rows, len(item_ids), options, source, once=True)
+    del rows
     wanted = item_ids[arranged.items]
     known = read_movies(movies, wanted)
     tags = read_tags(movies.parent, wanted) if sources else [[]] * len(wanted)
@@ -116,6 +109,22 @@ def _build(
     catalogue = Catalogue(ids, titles, categories, modalities)
     names = user_ids[arranged.users].astype(str)
     return Dataset(name, names, arranged.sequences, catalogue, None, None, key)
+
+
+def _read_ratings(path: Path) -> tuple[Interactions, np.ndarray, np.ndarray, Table]:
+    """Ratings in file order, the ids behind their codes, and the emptied table to name lines by.
+
+    Narrow copies outlive the table: 25 million ratings take 24 bytes each instead of 48.
+    """
+    table = _read(path, RATINGS)
+    users, user_ids = pd.factorize(table.whole("userId"))
+    items, item_ids = pd.factorize(table.whole("movieId"), sort=True)
+    rows = Interactions(
+        users.astype(np.int32), items.astype(np.int32),
+        table.frame["timestamp"].to_numpy(copy=True), table.frame["rating"].to_numpy(copy=True),
+        None,
+    )  # fmt: skip
+    return rows, user_ids, item_ids, table._replace(frame=pd.DataFrame())
 
 
 def _read(path: Path, columns: dict[str, str]) -> Table:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from data_readers import amazon, movielens
 from data_readers.download import obtain, obtain_archive
-from data_readers.mmrec import inter_file
 from util import UserError
 
 RAW = ("amazon", "movielens")  # layouts of raw public files
@@ -21,7 +20,7 @@ def layout(folder: Path) -> str | None:
         return None
     if (folder / "interactions.csv").is_file():
         return "folder"
-    if inter_file(folder):
+    if any(folder.glob("*.inter")):
         return "mmrec"
     if movielens.ratings_file(folder):
         return "movielens"
@@ -35,20 +34,50 @@ def raw_folder(name: str, root: Path, edition: str, features: str) -> Path:
     nothing. Raises UserError where several are meant or the download is not possible.
     """
     home = root / name
-    if not edition:
-        found = [home] if layout(home) else _children(home)
-        if found:
-            return _only(name, found)
+    if not edition and (found := _unpacked(name, root)):
+        return _only(name, found)
     if name == "movielens":
-        folder = home / (edition or movielens.DEFAULT)
-        if not layout(folder):
-            obtain_archive(movielens.remote(home, edition), folder, movielens.UNPACKED)
-        return folder
+        return _movielens(home, edition)
+    home = next(
+        (f for f in (home, root) if amazon.review_files(f, edition or amazon.DEFAULT)), home
+    )
     remotes = amazon.remotes(home, edition, features)
     if amazon.review_files(home, edition or amazon.DEFAULT):
         remotes = remotes[1:]  # the first are the reviews, which may go by other names
     obtain([it for it in remotes if not it.target.with_suffix("").exists()], name)
     return home
+
+
+def _unpacked(name: str, root: Path) -> list[Path]:
+    """Folders of raw files in `root/name`, else wherever else in `root` somebody put them."""
+    home = root / name
+    found = [home] if layout(home) else _children(home)
+    return found or [folder for folder in (root, *_children(root)) if layout(folder) == name]
+
+
+def _movielens(home: Path, edition: str) -> Path:
+    """The folder of an edition, unpacked from a zip file that is there or else is downloaded."""
+    zipped = [
+        place / f"{name}.zip"
+        for place in (home, home.parent)
+        for name in movielens.EDITIONS
+        if edition in ("", name) and (place / f"{name}.zip").is_file()
+    ]
+    if zipped and not edition:
+        edition = _only("movielens", zipped).stem
+    edition = edition or movielens.DEFAULT
+    folder = home / edition
+    for ready in (folder, home.parent / edition):
+        if layout(ready):
+            return ready
+    if folder.exists():
+        raise UserError(
+            f"{folder} is there but lacks ratings.csv and movies.csv (or .dat): put them there, or "
+            "move it away and run again to download it."
+        )
+    place = zipped[0].parent if zipped else home
+    obtain_archive(movielens.remote(place, edition), folder, movielens.UNPACKED)
+    return folder
 
 
 def find(name: str, root: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_readers
+import data_utils
 from data_readers import Options, RawChoices, read_amazon
 from data_readers.amazon import remotes, review_files
 from data_readers.amazon_items import IMAGE, read_products
@@ -191,9 +193,15 @@ def test_metadata_are_never_evaluated(tmp_path: Path) -> None:
         optional={
             "title": st.one_of(st.none(), st.text(), st.integers(), st.lists(st.text())),
             "brand": st.one_of(st.none(), st.text()),
-            "categories": st.lists(st.lists(st.text(), max_size=3), max_size=2),
+            "categories": st.one_of(
+                st.none(),
+                st.text(),
+                st.dictionaries(st.text(), st.text(), max_size=1),
+                st.lists(st.text(), max_size=3),
+                st.lists(st.lists(st.text()), max_size=2),
+            ),
             "description": st.one_of(st.none(), st.text(), st.lists(st.text())),
-            "price": st.floats(allow_nan=False),
+            "price": st.floats(allow_nan=False, allow_infinity=False),
         },
     ),
     st.booleans(),
@@ -250,15 +258,19 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["reviews_Tiny_5.json.gz", "meta_Tiny.json.gz"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "no gzip"])
 def test_damaged_gzip_files_are_named_and_nothing_is_kept(
-    folder: Path, tmp_path: Path, name: str, damage: str
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, damage: str
 ) -> None:
     whole = (folder / name).read_bytes()
     flipped = whole[:-6] + bytes([whole[-6] ^ 255]) + whole[-5:]
     (folder / name).write_bytes(
         {"cut": whole[:-10], "flipped": flipped, "no gzip": b"<html>"}[damage]
     )
-    with pytest.raises(UserError, match=f"{name} is cut short or damaged .*download it again"):
-        data_readers.read(folder, data_dir=tmp_path / "data", features="none")
+    asked = ["inspect", str(folder), "--data_dir", str(tmp_path / "data")]
+    asked += ["--set", "data.k_core=0", "--set", "data.features=none"]
+    assert data_utils.main(asked) == 2
+    printed = capsys.readouterr()
+    assert re.search(f"{name} is cut short or damaged .*download it again", printed.err)
+    assert printed.err.count("\n") == 1 and not printed.out
     assert not (tmp_path / "data").exists()
 
 
@@ -349,6 +361,9 @@ def test_the_name_amazon_finds_the_files(folder: Path, tmp_path: Path) -> None:
     assert isinstance(again.sequences.items.base, np.memmap)
     assert first.fingerprint == again.fingerprint
     assert data_readers.read(folder, data_dir=tmp_path, features="none").sequences.n_users == 2
+    for raw in (RawChoices(), RawChoices("2014/Tiny")):  # dropped into data/ itself
+        beside = data_readers.read("amazon", data_dir=folder, features="none", raw=raw)
+        np.testing.assert_array_equal(beside.sequences.items, first.sequences.items)
 
 
 def test_editions_name_their_public_files(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import data_readers
 from config import Mock
 from data_readers import Options, RawChoices, cache, make_mock, read_folder, read_mmrec
+from data_readers.interactions import k_core
 from util import UserError
 
 ROWS = [("u1", "b", 5), ("u2", "a", 1), ("u1", "a", 3), ("u1", "c", 3), ("u2", "c", 9)]
@@ -129,6 +131,20 @@ def test_low_ratings_and_rare_items_go_with_their_features(tmp_path: Path) -> No
     np.testing.assert_array_equal(core.catalogue.modalities["text"].features, expected)
     with pytest.raises(UserError, match="no interaction is left"):
         read(folder, k_core=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=40), st.integers(1, 4))
+def test_the_core_is_the_largest_that_holds(rows: list[tuple[int, int]], k: int) -> None:
+    left = list(enumerate(rows))
+    while True:  # one row at a time: whatever the order, the same rows remain
+        users, items = (Counter(row[side] for _, row in left) for side in (0, 1))
+        weak = [entry for entry in left if users[entry[1][0]] < k or items[entry[1][1]] < k]
+        if not weak:
+            break
+        left.remove(weak[0])
+    columns = np.array(rows, dtype=int).reshape(-1, 2)
+    assert np.flatnonzero(k_core(columns[:, 0], columns[:, 1], k)).tolist() == [i for i, _ in left]
 
 
 def test_repeated_rows_are_dropped_with_a_warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -201,6 +202,26 @@ def test_movielens_is_downloaded_and_unpacked(
     assert len(server.asked) == 1
     assert names(tmp_path / "movielens") == ["ml-latest-small"]
     assert names(tmp_path / "movielens" / "ml-latest-small") == ["movies.csv", "ratings.csv"]
+
+
+def test_an_archive_put_there_by_hand_is_taken_and_stays(server: Server, tmp_path: Path) -> None:
+    home = tmp_path / "movielens"
+    for folder, edition in ((home, "ml-25m"), (tmp_path, "")):  # named or not, there or above
+        folder.mkdir(exist_ok=True)
+        (folder / "ml-25m.zip").write_bytes(zipped(ARCHIVE))
+        choice = RawChoices(edition)
+        data = data_readers.read("movielens", data_dir=tmp_path, features="none", raw=choice)
+        assert data.catalogue.titles.tolist() == ["Two"]
+        assert (folder / "ml-25m.zip").is_file() and (home / "ml-25m").is_dir()
+        shutil.rmtree(home)
+    assert not server.asked
+
+
+def test_a_folder_without_ratings_is_left_alone(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "movielens" / "ml-25m" / "posters").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"ml-25m is there but lacks ratings.csv and movies.csv"):
+        data_readers.read("movielens", data_dir=tmp_path, raw=RawChoices("ml-25m"))
+    assert names(tmp_path / "movielens" / "ml-25m") == ["posters"]
 
 
 def test_a_damaged_archive_leaves_no_folder(

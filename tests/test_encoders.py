@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_readers import Options, RawChoices, encoders, read_movielens
+from data_readers.folder import read_items
 from data_readers.vectors import encode, key_of
 from util import UserError
 
@@ -109,6 +110,8 @@ def test_a_model_is_known_by_its_name_or_its_files(tmp_path: Path) -> None:
     assert here != encoders.identity(str(tmp_path / "here"))
     weights = encoders.identity(f"resnet50:{tmp_path / 'here' / 'weights'}")
     assert weights.startswith("resnet50-")
+    with pytest.raises(UserError, match=r"none.pth, from which resnet50 is to take its weights"):
+        encoders.identity("resnet50:none.pth")
 
 
 def movies(path: Path) -> Path:
@@ -166,19 +169,22 @@ def packaged(model: str, modality: str) -> None:
         pytest.skip(f"the packages with {model} are not installed")
 
 
+@pytest.mark.slow
 def test_titles_of_beauty_give_its_text_features(tmp_path: Path) -> None:
-    pd = pytest.importorskip("pandas")
     packaged("all-MiniLM-L6-v2", "text")
     if not BEAUTY.is_dir():
         pytest.skip("the Beauty folder is not here")
-    rows = np.random.default_rng(0).choice(12_101, 60, replace=False)
-    titles = pd.read_csv(BEAUTY / "items.csv")["title"][rows].tolist()
+    rows = np.random.default_rng(0).choice(12_101, 1000, replace=False)
+    titles = read_items(BEAUTY / "items.csv").titles[rows].tolist()
     known = np.load(BEAUTY / "text.npy")[rows].astype(np.float32)
     found = encoders.encode_texts(titles, "all-MiniLM-L6-v2", tmp_path)
     cosine = (found * known).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(known, axis=1)
-    assert cosine.min() >= 0.999
+    # text.npy is of the same network rounded to 8 bits: 3 of all 12,101 titles are below 0.999
+    assert np.mean(cosine >= 0.999) > 0.998
+    assert cosine.min() > 0.998
 
 
+@pytest.mark.slow
 def test_pictures_that_look_alike_are_neighbours(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     packaged(encoders.LITE, "visual")

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str] | None]] = {
 # Extras that are imported on use only and may be missing.
 OPTIONAL = {
     "data_readers/encoders.py": {"torch", "torchvision", "sentence_transformers", "PIL",
-                                 "transformers", "tqdm"},
+                                 "transformers", "huggingface_hub"},
 }  # fmt: skip
 
 

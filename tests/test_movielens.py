@@ -113,7 +113,10 @@ def test_any_ratings_come_back_in_time_order(
     data = read_movielens(folder, NOTHING)
     for number, user in enumerate(dict.fromkeys(row[0] for row in rows)):
         expected = [str(i) for u, i, _ in sorted(rows, key=lambda row: row[2]) if u == user]
-        assert data.catalogue.item_ids[data.sequences.of(number) - 1].tolist() == expected
+        found = data.catalogue.item_ids[data.sequences.of(number) - 1].tolist()
+        assert found == list(
+            dict.fromkeys(expected)
+        )  # who rates a movie again is not counted twice
 
 
 # --------------------------------------------------------------------------- tags
@@ -187,9 +190,13 @@ def test_bad_dat_files_are_named_by_line(tmp_path: Path, line: str, message: str
 
 def test_repeated_ratings_are_dropped(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open(folder / "ratings.csv", "a", encoding="utf-8") as file:
-        file.write("9,30,0.5,0\n")
-    assert len(read_movielens(folder, NOTHING).sequences.items) == 4
-    assert "first at line 6" in caplog.text
+        file.write("9,30,0.5,0\n9,30,4.0,8\n7,2,1.0,3\n")
+    data = read_movielens(folder, NOTHING)
+    assert data.sequences.of(0).tolist() == [1, 3, 2]
+    assert data.sequences.timestamps.tolist() == [3, 10, 20, 0]  # the first in time counts
+    assert "dropped 3 rows that repeat an earlier user and item, first at line 3" in caplog.text
+    liked = read_movielens(folder, Options(features="none", min_rating=4))
+    assert liked.sequences.lengths.tolist() == [1, 0]  # whose first rating was low did not like it
 
 
 def test_csv_files_must_be_utf8(folder: Path) -> None:
@@ -205,7 +212,11 @@ def test_the_name_movielens_finds_the_edition(folder: Path, tmp_path: Path) -> N
     for raw in (RawChoices(), RawChoices("ml-tiny")):
         data = data_readers.read("movielens", data_dir=tmp_path, features="none", raw=raw)
         assert data.name == "ml-tiny"
-    folder.rename(tmp_path / "movielens" / "other")
+    folder.rename(tmp_path / "ml-tiny")  # dropped into data/ itself
+    for raw in (RawChoices(), RawChoices("ml-tiny")):
+        data = data_readers.read("movielens", data_dir=tmp_path, features="none", raw=raw)
+        assert data.name == "ml-tiny"
+    (tmp_path / "ml-tiny").rename(tmp_path / "movielens" / "other")
     write_dat(tmp_path / "movielens" / "dat")
     with pytest.raises(UserError, match=r"could be any of .*/dat, .*/other"):
         data_readers.read("movielens", data_dir=tmp_path, features="none")
