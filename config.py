@@ -172,6 +172,50 @@ class RPG:
 
 
 @dataclass
+class Seq2Seq:
+    """Encoder-decoder of models that write semantic IDs; sizes of TIGER's paper."""
+
+    width: int = number(128, 4, 8192, "token vectors and hidden width")
+    layers: int = number(4, 1, 64, "layers of the encoder and of the decoder")
+    attention_heads: int = number(6, 1, 64, "attention heads")
+    head_width: int = number(64, 1, 1024, "width of a head; heads need not add up to width")
+    inner: int = number(1024, 4, 65536, "feed-forward width")
+    dropout: float = number(0.1, 0.0, 0.95, "everywhere")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    history: int = number(20, 1, 10_000, "newest items of a history that are read")
+    beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
+
+
+@dataclass
+class DecoderOnly:
+    """Decoder of models that write semantic IDs (GPT-2)."""
+
+    width: int = number(256, 4, 8192, "token vectors and hidden width")
+    layers: int = number(4, 1, 64, "blocks")
+    heads: int = number(4, 1, 64, "attention heads")
+    inner: int = number(1024, 4, 65536, "feed-forward width")
+    dropout: float = number(0.1, 0.0, 0.95, "everywhere")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
+
+
+@dataclass
+class TIGER(Seq2Seq):
+    """baseline_models/tiger.py; the paper has 2,000 user tokens and RQ-VAE IDs."""
+
+    digits: int = number(3, 1, 1024, "levels; one more digit tells equal items apart")
+    user_tokens: int = number(1, 1, 1_000_000, "tokens that users share; 1 does without users")
+    tokenizer: str = choice(
+        "kmeans", ("kmeans", "rqvae", "random"), "residual k-means, RQ-VAE, or the control"
+    )
+    features: str = choice("all", ("all", "text"), "what IDs are made of: all modalities, or text")
+    latent: int = number(32, 1, 4096, "rqvae: width of what is quantised")
+    hidden: int = number(512, 1, 65536, "rqvae: widest layer")
+    depth: int = number(3, 1, 16, "rqvae: hidden layers, each half as wide as the one before")
+    tokenizer_steps: int = number(2000, 0, 10_000_000, "rqvae: training steps")
+
+
+@dataclass
 class PMAT:
     """our_models/pmat.py"""
 
@@ -241,6 +285,7 @@ class Config:
     sasrec: SASRec = field(default_factory=SASRec)
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
+    tiger: TIGER = field(default_factory=TIGER)
     pmat: PMAT = field(default_factory=PMAT)
     mcrl: MCRL = field(default_factory=MCRL)
 

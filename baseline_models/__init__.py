@@ -10,6 +10,7 @@ MODELS = {
     "sasrec": "baseline_models.sasrec:SASRec",
     "bsarec": "baseline_models.bsarec:BSARec",
     "rpg": "baseline_models.rpg:RPG",
+    "tiger": "baseline_models.tiger:TIGER",
 }
 _BY_CLASS = {target.split(":")[1]: target for target in MODELS.values()}
 
