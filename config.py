@@ -172,6 +172,25 @@ class RPG:
 
 
 @dataclass
+class FusID:
+    """baseline_models/fusid.py; tokenizer of the paper: hidden 2048, digits 5, codes 1024."""
+
+    digits: int = number(5, 1, 64, "n, sub-embeddings and digits of a semantic ID")
+    codes: int = number(1024, 2, 65536, "K, centroids per digit")
+    part: int = number(128, 1, 4096, "d, width of a sub-embedding")
+    hidden: int = number(2048, 4, 65536, "hidden width of the fusion network")
+    behaviour: int = number(128, 1, 4096, "width of the co-occurrence vectors that go in")
+    alpha: float = number(0.2, 0.0, 1e3, "weight of the covariance and variance terms")
+    literal_distance: bool = setting(False, "distance as printed, not over sqrt(2 n d)")
+    window: int = number(50, 1, 10_000, "items of one history this near make a pair")
+    partners: int = number(10, 1, 10_000, "most frequent partners of an item that are positives")
+    pairs: int = number(1024, 4, 1_000_000, "pairs per step of the fusion network")
+    fusion_steps: int = number(10_000, 0, 10_000_000, "steps of the fusion network")
+    fusion_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    fusion_decay: float = number(1e-4, 0.0, 10.0, "its weight decay")
+
+
+@dataclass
 class PMAT:
     """our_models/pmat.py"""
 
@@ -241,6 +260,7 @@ class Config:
     sasrec: SASRec = field(default_factory=SASRec)
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
+    fusid: FusID = field(default_factory=FusID)
     pmat: PMAT = field(default_factory=PMAT)
     mcrl: MCRL = field(default_factory=MCRL)
 
