@@ -191,6 +191,48 @@ class FusID:
 
 
 @dataclass
+class MMQ:
+    """baseline_models/mmq.py; tokenizer of the paper: 2 + 2 experts, 100 codes on public data."""
+
+    codes: int = number(100, 2, 65536, "K, codewords of an expert")
+    shared: int = number(2, 1, 64, "experts that see all modalities")
+    specific: int = number(2, 1, 64, "experts of each modality")
+    width: int = number(256, 4, 8192, "width of experts and codewords")
+    quantiser: str = choice("cosine", ("cosine", "euclidean"), "what the nearest codeword is")
+    recon: float = number(12.0, 0.0, 1e3, "weight of the reconstruction in stage one")
+    aux: float = number(10.0, 0.0, 1e3, "weight of each modality's own reconstruction; 0: never")
+    ortho: float = number(0.005, 0.0, 1e3, "weight of the orthogonality of experts")
+    stage_one_steps: int = number(6000, 0, 10_000_000, "steps of stage one")
+    stage_one_batch: int = number(1024, 1, 1_000_000, "items per step of stage one")
+    stage_one_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+
+
+@dataclass
+class Pctx:
+    """baseline_models/pctx.py; sizes of the paper: context 256, generator as TIGER's."""
+
+    digits: int = number(4, 2, 64, "digits of an ID, the last one tells equal ones apart")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    context: int = number(256, 4, 8192, "width of the context encoder")
+    context_layers: int = number(2, 1, 64, "its blocks")
+    context_heads: int = number(2, 1, 64, "its attention heads")
+    context_dropout: float = number(0.3, 0.0, 0.95, "its dropout")
+    context_steps: int = number(50_000, 0, 10_000_000, "its training steps in stage one")
+    context_batch: int = number(256, 2, 1_000_000, "prefixes per step")
+    context_lr: float = number(3e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    contrast: float = number(0.2, 0.0, 1e3, "weight of each of its two contrastive terms")
+    temperature: float = number(0.07, 1e-3, 10.0, "tau of these")
+    groups: int = number(10, 1, 1000, "T, groups of items by frequency")
+    start: int = number(2, 1, 10_000, "contexts of an item in the group of rare items")
+    step: int = number(3, 0, 10_000, "delta, more contexts in each further group")
+    kappa: float = number(4.5, 0.01, 1e3, "shape of the Gamma density of group sizes")
+    blend: float = number(0.5, 0.0, 1.0, "weight of the context against the features")
+    rare: float = number(0.2, 0.0, 1.0, "IDs with a smaller share of an item are merged; 0: none")
+    replace: float = number(0.7, 0.0, 1.0, "gamma, chance of a random ID of the item instead")
+    passes: int = number(5, 1, 100, "readings of a history that vote at test")
+
+
+@dataclass
 class PMAT:
     """our_models/pmat.py"""
 
@@ -261,6 +303,8 @@ class Config:
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
     fusid: FusID = field(default_factory=FusID)
+    mmq: MMQ = field(default_factory=MMQ)
+    pctx: Pctx = field(default_factory=Pctx)
     pmat: PMAT = field(default_factory=PMAT)
     mcrl: MCRL = field(default_factory=MCRL)
 
