@@ -172,7 +172,51 @@ class RPG:
 
 
 @dataclass
-class FusID:
+class Seq2Seq:
+    """Encoder-decoder of models that write semantic IDs; sizes of TIGER's paper."""
+
+    width: int = number(128, 4, 8192, "token vectors and hidden width")
+    layers: int = number(4, 1, 64, "layers of the encoder and of the decoder")
+    attention_heads: int = number(6, 1, 64, "attention heads")
+    head_width: int = number(64, 1, 1024, "width of a head; heads need not add up to width")
+    inner: int = number(1024, 4, 65536, "feed-forward width")
+    dropout: float = number(0.1, 0.0, 0.95, "everywhere")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    history: int = number(20, 1, 10_000, "newest items of a history that are read")
+    beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
+
+
+@dataclass
+class DecoderOnly:
+    """Decoder of models that write semantic IDs (GPT-2)."""
+
+    width: int = number(256, 4, 8192, "token vectors and hidden width")
+    layers: int = number(4, 1, 64, "blocks")
+    heads: int = number(4, 1, 64, "attention heads")
+    inner: int = number(1024, 4, 65536, "feed-forward width")
+    dropout: float = number(0.1, 0.0, 0.95, "everywhere")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
+
+
+@dataclass
+class TIGER(Seq2Seq):
+    """baseline_models/tiger.py; the paper has 2,000 user tokens and RQ-VAE IDs."""
+
+    digits: int = number(3, 1, 1024, "levels; one more digit tells equal items apart")
+    user_tokens: int = number(1, 1, 1_000_000, "tokens that users share; 1 does without users")
+    tokenizer: str = choice(
+        "kmeans", ("kmeans", "rqvae", "random"), "residual k-means, RQ-VAE, or the control"
+    )
+    features: str = choice("all", ("all", "text"), "what IDs are made of: all modalities, or text")
+    latent: int = number(32, 1, 4096, "rqvae: width of what is quantised")
+    hidden: int = number(512, 1, 65536, "rqvae: widest layer")
+    depth: int = number(3, 1, 16, "rqvae: hidden layers, each half as wide as the one before")
+    tokenizer_steps: int = number(2000, 0, 10_000_000, "rqvae: training steps")
+
+
+@dataclass
+class FusID(DecoderOnly):
     """baseline_models/fusid.py; tokenizer of the paper: hidden 2048, digits 5, codes 1024."""
 
     digits: int = number(5, 1, 64, "n, sub-embeddings and digits of a semantic ID")
@@ -185,39 +229,42 @@ class FusID:
     window: int = number(50, 1, 10_000, "items of one history this near make a pair")
     partners: int = number(10, 1, 10_000, "most frequent partners of an item that are positives")
     pairs: int = number(1024, 4, 1_000_000, "pairs per step of the fusion network")
-    fusion_steps: int = number(10_000, 0, 10_000_000, "steps of the fusion network")
+    tokenizer_steps: int = number(10_000, 0, 10_000_000, "steps of the fusion network")
     fusion_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
     fusion_decay: float = number(1e-4, 0.0, 10.0, "its weight decay")
 
 
 @dataclass
-class MMQ:
+class MMQ(Seq2Seq):
     """baseline_models/mmq.py; tokenizer of the paper: 2 + 2 experts, 100 codes on public data."""
 
     codes: int = number(100, 2, 65536, "K, codewords of an expert")
     shared: int = number(2, 1, 64, "experts that see all modalities")
     specific: int = number(2, 1, 64, "experts of each modality")
-    width: int = number(256, 4, 8192, "width of experts and codewords")
+    expert_width: int = number(256, 4, 8192, "width of experts and codewords")
     quantiser: str = choice("cosine", ("cosine", "euclidean"), "what the nearest codeword is")
     recon: float = number(12.0, 0.0, 1e3, "weight of the reconstruction in stage one")
     aux: float = number(10.0, 0.0, 1e3, "weight of each modality's own reconstruction; 0: never")
     ortho: float = number(0.005, 0.0, 1e3, "weight of the orthogonality of experts")
-    stage_one_steps: int = number(6000, 0, 10_000_000, "steps of stage one")
+    tokenizer_steps: int = number(6000, 0, 10_000_000, "steps of stage one")
     stage_one_batch: int = number(1024, 1, 1_000_000, "items per step of stage one")
     stage_one_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    tune_epochs: int = number(50, 0, 100_000, "epochs of stage two, before IDs are frozen; 0: none")
+    tune: float = number(0.5, 0.0, 1e3, "weight of both reconstructions in stage two")
+    tune_rate: float = number(0.1, 0.0, 10.0, "share of the learning rate that the tokenizer gets")
+    softness: float = number(0.1, 1e-4, 10.0, "tau of soft codes in stage two")
 
 
 @dataclass
-class Pctx:
+class Pctx(Seq2Seq):
     """baseline_models/pctx.py; sizes of the paper: context 256, generator as TIGER's."""
 
     digits: int = number(4, 2, 64, "digits of an ID, the last one tells equal ones apart")
-    codes: int = number(256, 2, 65536, "codes per digit")
     context: int = number(256, 4, 8192, "width of the context encoder")
     context_layers: int = number(2, 1, 64, "its blocks")
     context_heads: int = number(2, 1, 64, "its attention heads")
     context_dropout: float = number(0.3, 0.0, 0.95, "its dropout")
-    context_steps: int = number(50_000, 0, 10_000_000, "its training steps in stage one")
+    tokenizer_steps: int = number(50_000, 0, 10_000_000, "its training steps in stage one")
     context_batch: int = number(256, 2, 1_000_000, "prefixes per step")
     context_lr: float = number(3e-3, 0.0, 10.0, "its learning rate, cosine to 0")
     contrast: float = number(0.2, 0.0, 1e3, "weight of each of its two contrastive terms")
@@ -302,6 +349,7 @@ class Config:
     sasrec: SASRec = field(default_factory=SASRec)
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
+    tiger: TIGER = field(default_factory=TIGER)
     fusid: FusID = field(default_factory=FusID)
     mmq: MMQ = field(default_factory=MMQ)
     pctx: Pctx = field(default_factory=Pctx)

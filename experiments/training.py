@@ -97,8 +97,8 @@ class Trainer:
         self.board = _tensorboard(folder) if config.train.tensorboard and rank() == 0 else None
         if self.parameters:
             self.optimiser = torch.optim.AdamW(
-                model.parameter_groups(), lr=config.train.lr, weight_decay=config.train.weight_decay,
-                fused=True,
+                model.parameter_groups(), lr=config.train.lr,
+                weight_decay=config.train.weight_decay, fused=True,
             )  # fmt: skip
         self.loss = torch.compile(model.loss) if config.train.compile else model.loss
 

@@ -27,6 +27,8 @@ from model_parts.stage_one import minimise
 _BUCKETS = 8
 # Interactions encoded at once.
 _ROWS = 2048
+# Of a hash: a large odd multiplier, and how many values it takes.
+_MULTIPLIER, _HASH_SIZE = 6_364_136_223_846_793_005, 2**31 - 1
 
 
 # --------------------------------------------------------------------------- encoder
@@ -73,6 +75,8 @@ def train_contexts(
 ) -> None:
     """DuoRec (WSDM 2022) on train prefixes: cross-entropy over all items plus, each times
     `contrast`, NT-Xent of two dropout passes and of a prefix with another one of equal target."""
+    if not len(prefixes):
+        return
     device = encoder.items.weight.device
     draws = _bucketed_draws(prefixes, batch_size, generator)
     relatives = SameTarget(prefixes)
@@ -167,9 +171,7 @@ def group_sizes(groups: int, kappa: float) -> list[float]:
     return shares
 
 
-def contexts_per_item(
-    counts: Tensor, groups: int, start: int, step: int, kappa: float
-) -> Tensor:
+def contexts_per_item(counts: Tensor, groups: int, start: int, step: int, kappa: float) -> Tensor:
     """How many contexts an item of each frequency gets, counts [N] -> K [N].
 
     Distinct frequencies u_1 < ... < u_D are dealt out to T groups of `group_sizes`; an item of
@@ -237,3 +239,12 @@ def merge_rare(counts: Tensor, vectors: Tensor, least: float) -> Tensor:
         distance[:, rarest] = float("inf")
         into[into == rarest] = nearest
     return into
+
+
+def fixed_uniform(*keys: Tensor | int) -> Tensor:
+    """Numbers in [0, 1) that look random and are always the same for the same keys; float64."""
+    mixed: Any = 0
+    for key in keys:
+        mixed = ((mixed ^ key) + 1) * _MULTIPLIER  # wraps around
+        mixed = mixed ^ (mixed >> 29)
+    return (mixed % _HASH_SIZE).double() / _HASH_SIZE

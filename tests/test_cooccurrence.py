@@ -62,7 +62,13 @@ def test_partners_are_the_closest_by_normalised_count() -> None:
     interactions = torch.bincount(torch.tensor(train.items).long(), minlength=7)[1:].float()
     rows, partners = frequent_partners(met, interactions, k=1)
     # 1: c/sqrt = 2/sqrt(12), 3/sqrt(18), (4 was met once only); 4 and 5 have nobody met twice
-    assert dict(zip(rows.tolist(), partners.tolist(), strict=True)) == {0: 2, 1: 0, 2: 0, 3: 4, 4: 3}
+    assert dict(zip(rows.tolist(), partners.tolist(), strict=True)) == {
+        0: 2,
+        1: 0,
+        2: 0,
+        3: 4,
+        4: 3,
+    }
     rows, partners = frequent_partners(met, interactions, k=5)
     assert partners[rows == 0].tolist() == [2, 1]
 

@@ -46,7 +46,9 @@ def test_sub_embeddings_are_normalised_together() -> None:
     parts = FusionNetwork(6, 16, 3, 4).eval()(torch.randn(5, 6))
     assert parts.shape == (5, 3, 4)
     torch.testing.assert_close(parts.flatten(1).mean(1), torch.zeros(5), atol=1e-5, rtol=0)
-    torch.testing.assert_close(parts.flatten(1).var(1, unbiased=False), torch.ones(5), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        parts.flatten(1).var(1, unbiased=False), torch.ones(5), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_pair_loss_by_hand() -> None:
@@ -144,7 +146,7 @@ def test_the_regulariser_lowers_conflicts_on_redundant_features() -> None:
     for alpha in (0.0, 0.2, 1.0):
         own = dataclasses.replace(Config().fusid, **SMALL, alpha=alpha)
         ids = build_ids(data, own, torch.device("cpu"), random())
-        assert ids.shape == (300, 4) and 0 <= int(ids.min()) and int(ids.max()) < 24
+        assert ids.shape == (300, 4) and int(ids.min()) >= 0 and int(ids.max()) < 24
         shares[alpha] = colliding_share(ids)
     assert shares[0.2] < 0.9 * shares[0.0]
     assert shares[1.0] < 0.5 * shares[0.0]

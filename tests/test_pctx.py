@@ -65,7 +65,10 @@ def test_equal_codes_of_one_item_are_one_id() -> None:
 def test_rare_ids_join_another_one_of_their_item() -> None:
     kept, merged = tables(rare=0.0), tables(rare=0.2)
     assert len(merged.codes) < len(kept.codes)
-    shares = merged.weights / torch.zeros(20).double().index_add_(0, merged.owners, merged.weights)[merged.owners]
+    shares = (
+        merged.weights
+        / torch.zeros(20).double().index_add_(0, merged.owners, merged.weights)[merged.owners]
+    )
     assert bool((shares >= 0.2).all())
     assert merged.weights.sum() == kept.weights.sum(), "no interaction is lost"
     # every context still leads to an ID of its own item
