@@ -216,6 +216,70 @@ class TIGER(Seq2Seq):
 
 
 @dataclass
+class FusID(DecoderOnly):
+    """baseline_models/fusid.py; tokenizer of the paper: hidden 2048, digits 5, codes 1024."""
+
+    digits: int = number(5, 1, 64, "n, sub-embeddings and digits of a semantic ID")
+    codes: int = number(1024, 2, 65536, "K, centroids per digit")
+    part: int = number(128, 1, 4096, "d, width of a sub-embedding")
+    hidden: int = number(2048, 4, 65536, "hidden width of the fusion network")
+    behaviour: int = number(128, 1, 4096, "width of the co-occurrence vectors that go in")
+    alpha: float = number(0.2, 0.0, 1e3, "weight of the covariance and variance terms")
+    literal_distance: bool = setting(False, "distance as printed, not over sqrt(2 n d)")
+    window: int = number(50, 1, 10_000, "items of one history this near make a pair")
+    partners: int = number(10, 1, 10_000, "most frequent partners of an item that are positives")
+    pairs: int = number(1024, 4, 1_000_000, "pairs per step of the fusion network")
+    tokenizer_steps: int = number(10_000, 0, 10_000_000, "steps of the fusion network")
+    fusion_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    fusion_decay: float = number(1e-4, 0.0, 10.0, "its weight decay")
+
+
+@dataclass
+class MMQ(Seq2Seq):
+    """baseline_models/mmq.py; tokenizer of the paper: 2 + 2 experts, 100 codes on public data."""
+
+    codes: int = number(100, 2, 65536, "K, codewords of an expert")
+    shared: int = number(2, 1, 64, "experts that see all modalities")
+    specific: int = number(2, 1, 64, "experts of each modality")
+    expert_width: int = number(256, 4, 8192, "width of experts and codewords")
+    quantiser: str = choice("cosine", ("cosine", "euclidean"), "what the nearest codeword is")
+    recon: float = number(12.0, 0.0, 1e3, "weight of the reconstruction in stage one")
+    aux: float = number(10.0, 0.0, 1e3, "weight of each modality's own reconstruction; 0: never")
+    ortho: float = number(0.005, 0.0, 1e3, "weight of the orthogonality of experts")
+    tokenizer_steps: int = number(6000, 0, 10_000_000, "steps of stage one")
+    stage_one_batch: int = number(1024, 1, 1_000_000, "items per step of stage one")
+    stage_one_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    tune_epochs: int = number(50, 0, 100_000, "epochs of stage two, before IDs are frozen; 0: none")
+    tune: float = number(0.5, 0.0, 1e3, "weight of both reconstructions in stage two")
+    tune_rate: float = number(0.1, 0.0, 10.0, "share of the learning rate that the tokenizer gets")
+    softness: float = number(0.1, 1e-4, 10.0, "tau of soft codes in stage two")
+
+
+@dataclass
+class Pctx(Seq2Seq):
+    """baseline_models/pctx.py; sizes of the paper: context 256, generator as TIGER's."""
+
+    digits: int = number(4, 2, 64, "digits of an ID, the last one tells equal ones apart")
+    context: int = number(256, 4, 8192, "width of the context encoder")
+    context_layers: int = number(2, 1, 64, "its blocks")
+    context_heads: int = number(2, 1, 64, "its attention heads")
+    context_dropout: float = number(0.3, 0.0, 0.95, "its dropout")
+    tokenizer_steps: int = number(50_000, 0, 10_000_000, "its training steps in stage one")
+    context_batch: int = number(256, 2, 1_000_000, "prefixes per step")
+    context_lr: float = number(3e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    contrast: float = number(0.2, 0.0, 1e3, "weight of each of its two contrastive terms")
+    temperature: float = number(0.07, 1e-3, 10.0, "tau of these")
+    groups: int = number(10, 1, 1000, "T, groups of items by frequency")
+    start: int = number(2, 1, 10_000, "contexts of an item in the group of rare items")
+    step: int = number(3, 0, 10_000, "delta, more contexts in each further group")
+    kappa: float = number(4.5, 0.01, 1e3, "shape of the Gamma density of group sizes")
+    blend: float = number(0.5, 0.0, 1.0, "weight of the context against the features")
+    rare: float = number(0.2, 0.0, 1.0, "IDs with a smaller share of an item are merged; 0: none")
+    replace: float = number(0.7, 0.0, 1.0, "gamma, chance of a random ID of the item instead")
+    passes: int = number(5, 1, 100, "readings of a history that vote at test")
+
+
+@dataclass
 class PMAT:
     """our_models/pmat.py"""
 
@@ -286,6 +350,9 @@ class Config:
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
     tiger: TIGER = field(default_factory=TIGER)
+    fusid: FusID = field(default_factory=FusID)
+    mmq: MMQ = field(default_factory=MMQ)
+    pctx: Pctx = field(default_factory=Pctx)
     pmat: PMAT = field(default_factory=PMAT)
     mcrl: MCRL = field(default_factory=MCRL)
 

@@ -11,6 +11,9 @@ MODELS = {
     "bsarec": "baseline_models.bsarec:BSARec",
     "rpg": "baseline_models.rpg:RPG",
     "tiger": "baseline_models.tiger:TIGER",
+    "fusid": "baseline_models.fusid:FusID",
+    "mmq": "baseline_models.mmq:MMQ",
+    "pctx": "baseline_models.pctx:Pctx",
 }
 _BY_CLASS = {target.split(":")[1]: target for target in MODELS.values()}
 

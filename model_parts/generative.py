@@ -31,11 +31,15 @@ from model_parts.residual import colliding_share
 from model_parts.seq2seq import Cache, DecoderOnly, EncoderDecoder, Memory, keep_beams
 from model_parts.trie import Trie
 
+# Log-probability that the most popular item is ahead of others with the same ID.
+_TIE_BREAK = 1e-3
+
 
 class GenerativeRecommender(Recommender):
     """Token table, loss on digits and beam search around a network that writes IDs."""
 
     codes: Tensor  # [N, L] int64, row i-1 is item i
+    tie_break: Tensor  # [N], too small to matter unless items share an ID
 
     def __init__(
         self, n_items: int, own: Any, digits: int, network: nn.Module, special: int, scale: float
@@ -47,14 +51,19 @@ class GenerativeRecommender(Recommender):
         self.tokens = nn.Embedding(digits * own.codes + special, own.width)
         self.network = network
         self.register_buffer("codes", torch.zeros(n_items, digits, dtype=torch.int64))
+        self.register_buffer("tie_break", torch.zeros(n_items))
         self._trie: Trie | None = None
         self.register_load_state_dict_post_hook(lambda model, _: model.forget_trie())
 
     # ----------------------------------------------------------------- IDs
 
-    def set_codes(self, codes: Tensor) -> None:
-        """The IDs of all items [N, L]."""
+    def set_codes(self, codes: Tensor, interactions: Tensor | None = None) -> None:
+        """The IDs of all items [N, L]; of items that share one, those with more `interactions`
+        [N] come first."""
         self.codes.copy_(codes)
+        if interactions is not None:
+            popularity = interactions.float().log1p()
+            self.tie_break.copy_(_TIE_BREAK * popularity / popularity.max().clamp(min=1))
         self.forget_trie()
 
     def identifiers(self) -> tuple[Tensor, Tensor]:
@@ -103,7 +112,7 @@ class GenerativeRecommender(Recommender):
         memory, start = self.read(batch)
         trie = self.trie()
         beams = beam_search(_Writer(self, memory, start), trie, self.own.beams)
-        return trie.item_scores(beams.leaves, beams.scores)
+        return trie.item_scores(beams.leaves, beams.scores) + self.tie_break
 
     def item_ids(self, batch: Batch | None = None) -> Tensor:
         """The codes, [N, L]: the same for every user."""

@@ -17,17 +17,18 @@ from model_parts.quantisers import whitened_pca
 
 
 def chosen_modalities(
-    catalogue: Any, features: str, model: str, way_out: str
+    catalogue: Any, features: str, model: str, way_out: str = ""
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (features [N, d_m], present [N]): the text, or all modalities (also without text).
 
-    Raises ValueError for a catalogue without features; `way_out` is the setting that needs none.
+    Raises ValueError for a catalogue without features; `way_out` is a setting that needs none.
     """
     modalities = getattr(catalogue, "modalities", None) or {}
     if not modalities:
+        random = f", or use random codes with --set {way_out}" if way_out else ""
         raise ValueError(
             f"{model} needs item features to build semantic IDs and this data set has none: add a "
-            f"feature file such as text.npy, or use random codes with --set {way_out}."
+            f"feature file such as text.npy{random}."
         )
     if features == "text" and "text" in modalities:
         modalities = {"text": modalities["text"]}
