@@ -419,6 +419,54 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "ml-1m": {"data.k_core": 5},
 }
 
+
+def _id_writer(name: str, **mock: Any) -> dict[str, dict[str, Any]]:
+    """Presets of an encoder-decoder that writes IDs, in sizes for two CPU cores.
+
+    The dataclasses above have the sizes of the papers. `mock` adds to the preset of that data set.
+    """
+    everywhere = {
+        "width": 96,
+        "layers": 2,
+        "attention_heads": 4,
+        "head_width": 24,
+        "inner": 384,
+        "hidden": 256,
+        "depth": 2,
+        "tokenizer_steps": 1500,
+    }
+    small = {
+        "width": 64,
+        "layers": 1,
+        "attention_heads": 2,
+        "head_width": 32,
+        "inner": 128,
+        "codes": 32,
+        "beams": 30,
+        "hidden": 128,
+        "depth": 1,
+        "tokenizer_steps": 300,
+    } | mock
+    return {
+        "*": {
+            "train.lr": 2e-3,
+            "train.batch_size": 256,
+            "train.schedule": "cosine",
+            "train.warmup_steps": 500,
+            "train.epochs": 20,
+            "train.eval_every": 4,
+        }
+        | {f"{name}.{key}": value for key, value in everywhere.items()},
+        "mock": {
+            "train.lr": 3e-3,
+            "train.batch_size": 128,
+            "train.warmup_steps": 50,
+            "train.epochs": 12,
+        }
+        | {f"{name}.{key}": value for key, value in small.items()},
+    }
+
+
 # By model; under "*" for every data set, else by the data set's name.
 MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sasrec": {
@@ -441,6 +489,9 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
         "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
     },
+    "tiger": _id_writer("tiger"),
+    "letter": _id_writer("letter", digits=3),
+    "cofirec": _id_writer("cofirec"),
     "rpg": {
         # sizes for two CPU cores; the dataclass above has those of the paper
         "*": {
