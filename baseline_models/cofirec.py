@@ -60,7 +60,7 @@ class CoFiRec(Seq2SeqRecommender):
         in_train = rows_in_train(data.train, data.n_items)
         codes, known = [], torch.zeros(data.n_items, dtype=torch.bool)
         for name in coarse_to_fine(modalities):
-            vectors, has = item_vectors({name: modalities[name]}, in_train, 0, whiten=True)
+            vectors, has = item_vectors({name: modalities[name]}, in_train, 0, whiten=False)
             codes.append(self._quantise(vectors, in_train & has, generator))
             known |= has
         random = torch.randint(self.n_codes, (len(codes), data.n_items), generator=generator)

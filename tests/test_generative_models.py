@@ -142,7 +142,8 @@ def test_collaborative_alignment_brings_items_of_the_same_users_together() -> No
     same = group[:, None] == group
 
     def gap(**own: Any) -> float:
-        codes = make_model("letter", data, tokenizer_steps=150, beta=0.0, **own).codes[:-5]
+        learns = {"tokenizer_steps": 300, "hidden": 64, "beta": 0.0}
+        codes = make_model("letter", data, **learns, **own).codes[:-5]
         overlap = (codes[:, None] == codes).float().mean(2)
         return float(overlap[same].mean() - overlap[~same].mean())
 
