@@ -175,6 +175,148 @@ class RPG:
 
 
 @dataclass
+class Seq2Seq:
+    """Encoder-decoder of models that write semantic IDs; sizes of TIGER's paper."""
+
+    width: int = number(128, 4, 8192, "token vectors and hidden width")
+    layers: int = number(4, 1, 64, "layers of the encoder and of the decoder")
+    attention_heads: int = number(6, 1, 64, "attention heads")
+    head_width: int = number(64, 1, 1024, "width of a head; heads need not add up to width")
+    inner: int = number(1024, 4, 65536, "feed-forward width")
+    dropout: float = number(0.1, 0.0, 0.95, "everywhere")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    history: int = number(20, 1, 10_000, "newest items of a history that are read")
+    beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
+
+
+@dataclass
+class DecoderOnly:
+    """Decoder of models that write semantic IDs (GPT-2)."""
+
+    width: int = number(256, 4, 8192, "token vectors and hidden width")
+    layers: int = number(4, 1, 64, "blocks")
+    heads: int = number(4, 1, 64, "attention heads")
+    inner: int = number(1024, 4, 65536, "feed-forward width")
+    dropout: float = number(0.1, 0.0, 0.95, "everywhere")
+    codes: int = number(256, 2, 65536, "codes per digit")
+    beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
+
+
+@dataclass
+class AutoencoderIDs(Seq2Seq):
+    """The autoencoder of TIGER, LETTER and CoFiRec; sizes of TIGER's paper."""
+
+    latent: int = number(32, 1, 4096, "width of what is quantised")
+    hidden: int = number(512, 1, 65536, "widest layer")
+    depth: int = number(3, 1, 16, "hidden layers, each half as wide as the one before")
+    tokenizer_steps: int = number(20_000, 0, 10_000_000, "training steps of an autoencoder")
+
+
+@dataclass
+class TIGER(AutoencoderIDs):
+    """baseline_models/tiger.py; the paper has 2,000 user tokens and RQ-VAE IDs."""
+
+    digits: int = number(3, 1, 1024, "levels; one more digit tells equal items apart")
+    user_tokens: int = number(1, 1, 1_000_000, "tokens that users share; 1 does without users")
+    tokenizer: str = choice(
+        "kmeans", ("kmeans", "rqvae", "random"), "residual k-means, RQ-VAE, or the control"
+    )
+    features: str = choice("all", ("all", "text"), "what IDs are made of: all modalities, or text")
+
+
+@dataclass
+class LETTER(AutoencoderIDs):
+    """baseline_models/letter.py; sizes of the paper."""
+
+    hidden: int = number(2048, 1, 65536, "widest layer")
+    depth: int = number(6, 1, 16, "hidden layers, each half as wide as the one before")
+    digits: int = number(4, 2, 1024, "levels of codebooks")
+    features: str = choice("all", ("all", "text"), "what IDs are made of: all modalities, or text")
+    alpha: float = number(0.02, 0.0, 1e3, "weight of the alignment with collaborative vectors")
+    beta: float = number(1e-4, 0.0, 1e3, "weight of the diversity of codewords")
+    groups: int = number(10, 1, 10_000, "clusters of codewords that diversity works in")
+    window: int = number(5, 1, 10_000, "items this near in a history count as met")
+    temperature: float = number(0.8, 1e-3, 100.0, "tau of the token loss; 1 is plain")
+
+
+@dataclass
+class CoFiRec(AutoencoderIDs):
+    """baseline_models/cofirec.py"""
+
+    collaborative: bool = setting(True, "a token made of co-occurrence, after those of features")
+    behaviour: int = number(64, 1, 4096, "width of the vectors that it is made of")
+    window: int = number(5, 1, 10_000, "items this near in a history count as met")
+    order: str = choice(
+        "coarse", ("coarse", "fine"), "coarse to fine as in the paper, or the other way round"
+    )
+    temperature: float = number(0.8, 1e-3, 100.0, "tau of the token loss; 1 is plain")
+
+
+@dataclass
+class FusID(DecoderOnly):
+    """baseline_models/fusid.py; tokenizer of the paper: hidden 2048, digits 5, codes 1024."""
+
+    digits: int = number(5, 1, 64, "n, sub-embeddings and digits of a semantic ID")
+    codes: int = number(1024, 2, 65536, "K, centroids per digit")
+    part: int = number(128, 1, 4096, "d, width of a sub-embedding")
+    hidden: int = number(2048, 4, 65536, "hidden width of the fusion network")
+    behaviour: int = number(128, 1, 4096, "width of the co-occurrence vectors that go in")
+    alpha: float = number(0.2, 0.0, 1e3, "weight of the covariance and variance terms")
+    literal_distance: bool = setting(False, "distance as printed, not over sqrt(2 n d)")
+    window: int = number(50, 1, 10_000, "items of one history this near make a pair")
+    partners: int = number(10, 1, 10_000, "most frequent partners of an item that are positives")
+    pairs: int = number(1024, 4, 1_000_000, "pairs per step of the fusion network")
+    tokenizer_steps: int = number(10_000, 0, 10_000_000, "steps of the fusion network")
+    fusion_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    fusion_decay: float = number(1e-4, 0.0, 10.0, "its weight decay")
+
+
+@dataclass
+class MMQ(Seq2Seq):
+    """baseline_models/mmq.py; tokenizer of the paper: 2 + 2 experts, 100 codes on public data."""
+
+    codes: int = number(100, 2, 65536, "K, codewords of an expert")
+    shared: int = number(2, 1, 64, "experts that see all modalities")
+    specific: int = number(2, 1, 64, "experts of each modality")
+    expert_width: int = number(256, 4, 8192, "width of experts and codewords")
+    quantiser: str = choice("cosine", ("cosine", "euclidean"), "what the nearest codeword is")
+    recon: float = number(12.0, 0.0, 1e3, "weight of the reconstruction in stage one")
+    aux: float = number(10.0, 0.0, 1e3, "weight of each modality's own reconstruction; 0: never")
+    ortho: float = number(0.005, 0.0, 1e3, "weight of the orthogonality of experts")
+    tokenizer_steps: int = number(6000, 0, 10_000_000, "steps of stage one")
+    stage_one_batch: int = number(1024, 1, 1_000_000, "items per step of stage one")
+    stage_one_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    tune_epochs: int = number(50, 0, 100_000, "epochs of stage two, before IDs are frozen; 0: none")
+    tune: float = number(0.5, 0.0, 1e3, "weight of both reconstructions in stage two")
+    tune_rate: float = number(0.1, 0.0, 10.0, "share of the learning rate that the tokenizer gets")
+    softness: float = number(0.1, 1e-4, 10.0, "tau of soft codes in stage two")
+
+
+@dataclass
+class Pctx(Seq2Seq):
+    """baseline_models/pctx.py; sizes of the paper: context 256, generator as TIGER's."""
+
+    digits: int = number(4, 2, 64, "digits of an ID, the last one tells equal ones apart")
+    context: int = number(256, 4, 8192, "width of the context encoder")
+    context_layers: int = number(2, 1, 64, "its blocks")
+    context_heads: int = number(2, 1, 64, "its attention heads")
+    context_dropout: float = number(0.3, 0.0, 0.95, "its dropout")
+    tokenizer_steps: int = number(50_000, 0, 10_000_000, "its training steps in stage one")
+    context_batch: int = number(256, 2, 1_000_000, "prefixes per step")
+    context_lr: float = number(3e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    contrast: float = number(0.2, 0.0, 1e3, "weight of each of its two contrastive terms")
+    temperature: float = number(0.07, 1e-3, 10.0, "tau of these")
+    groups: int = number(10, 1, 1000, "T, groups of items by frequency")
+    start: int = number(2, 1, 10_000, "contexts of an item in the group of rare items")
+    step: int = number(3, 0, 10_000, "delta, more contexts in each further group")
+    kappa: float = number(4.5, 0.01, 1e3, "shape of the Gamma density of group sizes")
+    blend: float = number(0.5, 0.0, 1.0, "weight of the context against the features")
+    rare: float = number(0.2, 0.0, 1.0, "IDs with a smaller share of an item are merged; 0: none")
+    replace: float = number(0.7, 0.0, 1.0, "gamma, chance of a random ID of the item instead")
+    passes: int = number(5, 1, 100, "readings of a history that vote at test")
+
+
+@dataclass
 class PMAT:
     """our_models/pmat.py"""
 
@@ -254,6 +396,12 @@ class Config:
     sasrec: SASRec = field(default_factory=SASRec)
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
+    tiger: TIGER = field(default_factory=TIGER)
+    letter: LETTER = field(default_factory=LETTER)
+    cofirec: CoFiRec = field(default_factory=CoFiRec)
+    fusid: FusID = field(default_factory=FusID)
+    mmq: MMQ = field(default_factory=MMQ)
+    pctx: Pctx = field(default_factory=Pctx)
     pmat: PMAT = field(default_factory=PMAT)
     mcrl: MCRL = field(default_factory=MCRL)
 
@@ -311,6 +459,54 @@ MOCK_PMAT = {
     "pmat.grid": 4,
 }
 
+
+def _id_writer(name: str, **mock: Any) -> dict[str, dict[str, Any]]:
+    """Presets of an encoder-decoder that writes IDs, in sizes for two CPU cores.
+
+    The dataclasses above have the sizes of the papers. `mock` adds to the preset of that data set.
+    """
+    everywhere = {
+        "width": 96,
+        "layers": 2,
+        "attention_heads": 4,
+        "head_width": 24,
+        "inner": 384,
+        "hidden": 256,
+        "depth": 2,
+        "tokenizer_steps": 1500,
+    }
+    small = {
+        "width": 64,
+        "layers": 1,
+        "attention_heads": 2,
+        "head_width": 32,
+        "inner": 128,
+        "codes": 32,
+        "beams": 30,
+        "hidden": 128,
+        "depth": 1,
+        "tokenizer_steps": 300,
+    } | mock
+    return {
+        "*": {
+            "train.lr": 2e-3,
+            "train.batch_size": 256,
+            "train.schedule": "cosine",
+            "train.warmup_steps": 500,
+            "train.epochs": 20,
+            "train.eval_every": 4,
+        }
+        | {f"{name}.{key}": value for key, value in everywhere.items()},
+        "mock": {
+            "train.lr": 3e-3,
+            "train.batch_size": 128,
+            "train.warmup_steps": 50,
+            "train.epochs": 12,
+        }
+        | {f"{name}.{key}": value for key, value in small.items()},
+    }
+
+
 # By model; under "*" for every data set, else by the data set's name.
 MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sasrec": {
@@ -333,6 +529,9 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "*": REAL_PMAT,
         "mock": MOCK_PMAT,
     },
+    "tiger": _id_writer("tiger"),
+    "letter": _id_writer("letter", digits=3),
+    "cofirec": _id_writer("cofirec"),
     "rpg": {
         # sizes for two CPU cores; the dataclass above has those of the paper
         "*": {

@@ -10,6 +10,12 @@ MODELS = {
     "sasrec": "baseline_models.sasrec:SASRec",
     "bsarec": "baseline_models.bsarec:BSARec",
     "rpg": "baseline_models.rpg:RPG",
+    "tiger": "baseline_models.tiger:TIGER",
+    "letter": "baseline_models.letter:LETTER",
+    "cofirec": "baseline_models.cofirec:CoFiRec",
+    "fusid": "baseline_models.fusid:FusID",
+    "mmq": "baseline_models.mmq:MMQ",
+    "pctx": "baseline_models.pctx:Pctx",
 }
 _BY_CLASS = {target.split(":")[1]: target for target in MODELS.values()}
 

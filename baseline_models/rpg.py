@@ -36,7 +36,8 @@ from model_parts.decoding import (
     similarity_graph,
     token_rows,
 )
-from model_parts.quantisers import ProductQuantiser, projected_codewords, whitened_pca
+from model_parts.item_vectors import chosen_modalities, item_vectors, rows_in_train
+from model_parts.quantisers import ProductQuantiser, projected_codewords
 
 _WALK_SEED = 2024
 _INIT_STD = 0.02
@@ -92,23 +93,14 @@ class RPG(Recommender):
         shape = (data.n_items, self.own.digits)
         codes = torch.randint(self.own.codes, shape, generator=generator)
         if self.own.tokenizer == "opq":
-            in_train = torch.zeros(data.n_items, dtype=torch.bool)
-            in_train[torch.tensor(data.train.items, dtype=torch.long) - 1] = True
-            white, present = self._item_vectors(data.catalogue, in_train)
+            in_train = rows_in_train(data.train, data.n_items)
+            modalities = chosen_modalities(
+                data.catalogue, self.own.features, "RPG", "rpg.tokenizer=random"
+            )
+            white, present = item_vectors(modalities, in_train, self.own.pca, whiten=True)
             codes[present] = self._quantise(white, in_train & present, generator)[present]
         self.codes.copy_(codes)
         self._forget_graph()
-
-    def _item_vectors(self, catalogue: Any, in_train: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened principal components of each modality in a row, and which items have any."""
-        parts, known = [], []
-        for features, has in chosen_modalities(catalogue, self.own.features):
-            features = torch.tensor(features, dtype=torch.float32)
-            has = torch.tensor(has, dtype=torch.bool)
-            width = self.own.pca or _pca_width(features.shape[1])
-            parts.append(whitened_pca(features, in_train & has, width) * has[:, None])
-            known.append(has)
-        return torch.cat(parts, dim=1), torch.stack(known).any(0)
 
     def _quantise(self, white: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
         """White vectors [N, d] -> codes [N, m]: cut to a multiple of m, OPQ."""
@@ -191,24 +183,3 @@ class RPG(Recommender):
         """Adds the share of items whose ID nobody else has."""
         counts = torch.unique(self.codes, dim=0, return_counts=True)[1]
         return super().describe() | {"unique_ids": int((counts == 1).sum()) / len(self.codes)}
-
-
-def _pca_width(width: int) -> int:
-    """The paper's choice: 512 of 3072-d OpenAI embeddings, 128 of 768-d sentence-T5."""
-    return 512 if width > 1024 else 128
-
-
-def chosen_modalities(catalogue: Any, features: str) -> list[tuple[Any, Any]]:
-    """The text, or all modalities (also where there is no text).
-
-    Raises ValueError for a catalogue without features.
-    """
-    modalities = getattr(catalogue, "modalities", None) or {}
-    if not modalities:
-        raise ValueError(
-            "RPG needs item features to build semantic IDs and this data set has none: add a "
-            "feature file such as text.npy, or use random codes with --set rpg.tokenizer=random."
-        )
-    if features == "text" and "text" in modalities:
-        return [modalities["text"]]
-    return list(modalities.values())

@@ -97,8 +97,8 @@ class Trainer:
         self.board = _tensorboard(folder) if config.train.tensorboard and rank() == 0 else None
         if self.parameters:
             self.optimiser = torch.optim.AdamW(
-                self.parameters, lr=config.train.lr, weight_decay=config.train.weight_decay,
-                fused=True,
+                model.parameter_groups(), lr=config.train.lr,
+                weight_decay=config.train.weight_decay, fused=True,
             )  # fmt: skip
         self.loss = torch.compile(model.loss) if config.train.compile else model.loss
 
@@ -176,7 +176,7 @@ class Trainer:
         each process is weighted by its share of the targets."""
         progress = self.progress
         for group in self.optimiser.param_groups:
-            group["lr"] = self._learning_rate() * progress.lr_scale
+            group["lr"] = self._learning_rate() * progress.lr_scale * group["rate"]
         self.optimiser.zero_grad(set_to_none=True)
         own = (batch.targets > 0).sum().float() * counts
         everyone = sum_over_processes(own.clone())

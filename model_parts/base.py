@@ -66,6 +66,10 @@ class Recommender(nn.Module):
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """Called before each epoch (resampled graphs, annealing). Nothing by default."""
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser trains: `params`, and `rate`, their share of the learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "rate": 1.0}]
+
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalar parts, already weighted: their sum is minimised. Means over targets."""
         raise NotImplementedError(f"{type(self).__name__} has no loss")

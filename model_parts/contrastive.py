@@ -88,12 +88,13 @@ class RandomPrefixes:
 
     def draw(self, size: int, generator: torch.Generator) -> Batch:
         """`size` examples with one target each; histories are cut to the window."""
-        chosen = self.targets[torch.randint(len(self.targets), (size,), generator=generator)]
+        return self.at(self.targets[torch.randint(len(self.targets), (size,), generator=generator)])
+
+    def at(self, chosen: Tensor) -> Batch:
+        """The prefixes before the interactions `chosen` [B], whose items are the targets."""
         start = torch.maximum(self.first[chosen], chosen - self.window)
         lengths = chosen - start
-        steps = torch.arange(int(lengths.max()))[None]
-        inside = steps < lengths[:, None]
-        items = self.items[(start[:, None] + steps).clamp(max=len(self.items) - 1)] * inside
+        items = spans(self.items, start, lengths)
         targets = torch.zeros_like(items)
         targets.scatter_(1, lengths[:, None] - 1, self.items[chosen][:, None])
         return Batch(self.owner[chosen], items, lengths, targets)
@@ -109,3 +110,21 @@ def one_prefix_each(batch: Batch) -> Batch:
         batch.users, batch.items * (steps <= last), last[:, 0] + 1, batch.targets * (steps == last)
     )
     return Batch(*(field[wanted.any(1)] for field in prefixes))
+
+
+def spans(items: Tensor, start: Tensor, lengths: Tensor) -> Tensor:
+    """items[start : start + length] of each of B spans as rows padded with 0, [B, T]."""
+    steps = torch.arange(int(lengths.max()))[None]
+    inside = steps < lengths[:, None]
+    return items[(start[:, None] + steps).clamp(max=len(items) - 1)] * inside
+
+
+def two_view_loss(one: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """NT-Xent: each of 2 B vectors finds its other view among 2 B - 1, [B, d], [B, d] -> scalar.
+
+    Cosines over the temperature; the other 2 B - 2 vectors are negatives (DuoRec, WSDM 2022).
+    """
+    both = F.normalize(torch.cat([one, other]), dim=1)
+    own = torch.arange(len(both), device=both.device)
+    itself = torch.eye(len(both), dtype=torch.bool, device=both.device)
+    return info_nce(both @ both.T / temperature, (own + len(one)) % len(both), itself)

@@ -18,9 +18,12 @@ from torch import Tensor
 from config import PMAT as PMATConfig
 from config import Config
 from model_parts.base import Recommender, TrainingData
-from model_parts.behaviour import behaviour_vectors
+from model_parts.cooccurrence import behaviour_vectors
 from model_parts.fusion import simplex_grid
 from model_parts.quantisers import BlendQuantiser, ProductQuantiser, whitened_pca
+
+# Items at most so many steps apart were taken together.
+_WINDOW = 5
 
 
 class PersonalTokenizer(Recommender):
@@ -103,8 +106,8 @@ def item_latents(
     """
     latents, present = whitened_latents(data.catalogue, in_train, own.latent, generator)
     if own.behaviour:
-        vectors, known = behaviour_vectors(data.train, data.n_items, own.latent, generator)
-        turned = vectors @ random_rotation(own.latent, generator)
+        vectors, known = behaviour_vectors(data.train, data.n_items, own.latent, _WINDOW, generator)
+        turned = F.normalize(vectors, dim=1) @ random_rotation(own.latent, generator)
         latents = torch.cat([latents, turned[:, None]], dim=1)
         present = torch.cat([present, known[:, None]], dim=1)
     return latents, present

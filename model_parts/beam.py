@@ -1,0 +1,66 @@
+"""Beam search over semantic IDs that exist, for all users and beams at once.
+
+    beams = beam_search(decoder, trie, width)
+    trie.item_scores(beams.leaves, beams.scores)     [B, N]
+    best_items(scores [B, N], k)                     items and log-probabilities, best first
+
+A decoder has two methods: `start()` returns log-probabilities of the first digit [B, 1, K], and
+`advance(parents [B, W], codes [B, W])` those of the next one [B, W, K] after beam w went on from
+beam `parents[:, w]` with `codes[:, w]`. With as many beams as IDs the search is exact.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from model_parts.trie import NOT_FOUND, Trie
+
+
+class Decoder(Protocol):
+    """What predicts one digit after the other."""
+
+    def start(self) -> Tensor:
+        """Log-probabilities of the first digit, [B, 1, K]."""
+
+    def advance(self, parents: Tensor, codes: Tensor) -> Tensor:
+        """Keep beams `parents` [B, W], append `codes` [B, W]: the next digit's, [B, W, K]."""
+
+
+class Beams(NamedTuple):
+    """The best IDs found, best first. Where fewer exist than asked for, scores end with -inf."""
+
+    leaves: Tensor  # [B, W] int64, leaves of the trie
+    scores: Tensor  # [B, W], log-probability of the whole ID
+
+
+def beam_search(decoder: Decoder, trie: Trie, width: int) -> Beams:
+    """The `width` best IDs by the sum of their digits' log-probabilities."""
+    table = decoder.start()
+    nodes = torch.zeros(table.shape[:2], dtype=torch.int64, device=table.device)
+    scores = table.new_zeros(table.shape[:2])
+    last = len(trie.levels) - 1
+    for level in range(last + 1):
+        options = trie.children(level, nodes)  # [B, W, C]
+        totals = scores[:, :, None] + table.gather(2, options.codes)
+        totals = totals.masked_fill(~options.exist, float("-inf")).flatten(1)
+        # never more beams than prefixes of this length exist
+        kept = min(width, totals.shape[1], len(trie.levels[level].codes))
+        scores, chosen = totals.topk(kept, dim=1)
+        nodes = options.nodes.flatten(1).gather(1, chosen)
+        if level < last:
+            codes = options.codes.flatten(1).gather(1, chosen)
+            table = decoder.advance(chosen // options.codes.shape[2], codes)
+    return Beams(nodes, scores)
+
+
+def best_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores [B, N] -> items [B, k] (1..N, best first) and their log-probabilities.
+
+    Item 0 with log-probability -inf stands where the search found fewer than k items.
+    """
+    values, rows = scores.topk(min(k, scores.shape[1]), dim=1)
+    missing = values <= NOT_FOUND
+    return (rows + 1).masked_fill(missing, 0), values.masked_fill(missing, float("-inf"))
