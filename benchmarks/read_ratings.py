@@ -101,7 +101,8 @@ def main() -> None:
             print(
                 f"{label:<16} {row['seconds']:7.2f} s ({row['cpu']:.2f} s of CPU), "
                 f"peak {row['peak_gb']:.2f} GB ({row['imports_gb']:.2f} GB of it imports); "
-                f"{row['users']:,} users, {row['items']:,} items, {row['interactions']:,} interactions, "
+                f"{row['users']:,} users, {row['items']:,} items, "
+                f"{row['interactions']:,} interactions, "
                 f"features {row['features']} memory-mapped: {row['features_mapped']}"
             )
 
