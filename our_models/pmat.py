@@ -108,7 +108,8 @@ class PMAT(PersonalTokenizer):
         self.attention.start_from_coherence(own.sharpness)
         learns = level.startswith("user") or own.prefix
         self.context_width = own.context + n_modalities if learns else 1
-        self.context = nn.Sequential(nn.Linear(summary, own.context), nn.GELU()) if learns else None
+        context = nn.Linear(summary, own.context), nn.GELU(), nn.Dropout(own.dropout)
+        self.context = nn.Sequential(*context) if learns else None
         self.prefix = nn.Linear(self.context_width, own.width, bias=False) if own.prefix else None
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:

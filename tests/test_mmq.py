@@ -1,4 +1,4 @@
-"""MMQ: experts, gates, losses against hand-computed values, codebook use, gradients of stage two."""
+"""MMQ: what a quantiser, the losses and stage two do, and what its switches switch off."""
 
 from __future__ import annotations
 
