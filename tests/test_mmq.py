@@ -1,4 +1,4 @@
-"""MMQ: what a quantiser, the losses and stage two do, and what its switches switch off."""
+"""MMQ: experts, gates, losses by hand, use of codebooks, gradients of stage two."""
 
 from __future__ import annotations
 
