@@ -10,6 +10,10 @@ MODELS = {
     "sasrec": "baseline_models.sasrec:SASRec",
     "bsarec": "baseline_models.bsarec:BSARec",
     "rpg": "baseline_models.rpg:RPG",
+    "prism": "baseline_models.prism:PRISM",
+    "dgmrec": "baseline_models.dgmrec:DGMRec",
+    "rearm": "baseline_models.rearm:REARM",
+    "ammrm": "baseline_models.ammrm:AMMRM",
 }
 _BY_CLASS = {target.split(":")[1]: target for target in MODELS.values()}
 

@@ -50,6 +50,17 @@ def aligned(one: Tensor, other: Tensor, rows: Tensor, temperature: float, counts
     return 0.5 * (there + info_nce(logits.T, own, forbidden, counts))
 
 
+def row_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of row i of `one` with row i of `other`, all rows of `other` beside it, [P, d] each.
+
+    mean_i [logsumexp_j <a_i, b_j> / tau - <a_i, b_i> / tau] of unit rows; 0 without rows.
+    """
+    if not len(one):
+        return one.sum()
+    logits = F.normalize(one, dim=1) @ F.normalize(other, dim=1).T / temperature
+    return info_nce(logits, torch.arange(len(one), device=one.device))
+
+
 @torch.no_grad()
 def feature_neighbours(vectors: Tensor, present: Tensor, k: int) -> Tensor:
     """The k most similar other items, [N, k] rows: unit vectors [N, d], presence [N].
