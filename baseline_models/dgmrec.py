@@ -45,7 +45,7 @@ from model_parts.graphs import (
 )
 
 _NO_DEGREE = 1e-7
-_CLUB_STEPS, _CLUB_ITEMS, _CLUB_RATE = 5, 2048, 1e-4
+_CLUB_WIDTH, _CLUB_STEPS, _CLUB_ITEMS, _CLUB_RATE = 32, 5, 2048, 1e-4
 _WEIGHT_OF_IDS, _WEIGHT_OF_CONTENT = 1e-5, 0.1  # of the norms in L_reg
 
 
@@ -318,10 +318,10 @@ class Club(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        hidden = width // 2
-        self.mean = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        inner = _CLUB_WIDTH
+        self.mean = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
         self.log_variance = nn.Sequential(
-            nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width), nn.Tanh()
+            nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width), nn.Tanh()
         )
 
     def misfit(self, specific: Tensor, general: Tensor) -> Tensor:
