@@ -31,7 +31,6 @@ from model_parts.base import Batch, TrainingData
 from model_parts.collaborative import GraphRecommender, bpr, item_features
 from model_parts.contrastive import row_nce
 from model_parts.graphs import (
-    Edges,
     SparseGraph,
     kept_edges,
     nearest,
@@ -86,7 +85,7 @@ class AMMRM(GraphRecommender):
         features, present = item_features("AMMRM", data.catalogue)
         super().prepare(data, generator)
         shape = (data.n_users, data.n_items)
-        full = symmetric(_on_cpu(self.bipartite.edges()), shape)
+        full = symmetric(self.bipartite.edges().cpu(), shape)
         self.normalised.fill(full, shape)
         self.pruned.fill(full, shape)
         for m, (rows, graph) in enumerate(zip(features, self.item_graphs, strict=True)):
@@ -105,7 +104,7 @@ class AMMRM(GraphRecommender):
         if not self.own.edge_dropout:
             return
         shape = (len(self.users.weight), len(self.items))
-        kept = kept_edges(_on_cpu(self.bipartite.edges()), 1 - self.own.edge_dropout, generator)
+        kept = kept_edges(self.bipartite.edges().cpu(), 1 - self.own.edge_dropout, generator)
         self.pruned.fill(symmetric(kept, shape), shape)
 
     # ----------------------------------------------------------------- network
@@ -201,7 +200,3 @@ def _agreement(parts: list[Tensor], rows: Tensor, temperature: float) -> Tensor:
 def _mean_of_others(parts: list[Tensor], m: int) -> Tensor:
     others = parts[:m] + parts[m + 1 :]
     return sum(others) / len(others)
-
-
-def _on_cpu(edges: Edges) -> Edges:
-    return Edges(*(field.cpu() for field in edges))

@@ -124,7 +124,7 @@ class DGMRec(GraphRecommender):
         features, present = item_features("DGMRec", data.catalogue)
         super().prepare(data, generator)
         shape = (data.n_users, data.n_items)
-        self.normalised.fill(symmetric(_on_cpu(self.bipartite.edges()), shape), shape)
+        self.normalised.fill(symmetric(self.bipartite.edges().cpu(), shape), shape)
         self.present.copy_(present)
         for table, rows in zip(self.features, features, strict=True):
             table.copy_(rows)
@@ -135,7 +135,7 @@ class DGMRec(GraphRecommender):
     def _neighbours(self, m: int) -> Edges:
         """The most similar items of each item in modality m, itself included."""
         features = self.features[m].detach()
-        return _on_cpu(nearest(features, self.own.neighbours).edges(floor=0.0))
+        return nearest(features, self.own.neighbours).edges(floor=0.0).cpu()
 
     # ----------------------------------------------------------------- network
 
@@ -306,9 +306,9 @@ class DGMRec(GraphRecommender):
     def refresh(self, m: int) -> None:
         """Rows of items without modality m: alpha x graph of the present features, the rest old."""
         alpha, missing, n_items = self.own.alpha, ~self.present[:, m].cpu(), len(self.items)
-        old = _on_cpu(self.item_graphs[m].edges())
+        old = self.item_graphs[m].edges().cpu()
         new = symmetric_by_rows(self._neighbours(m), n_items)
-        new = Edges(*(field[missing[new.rows]] for field in new)).scaled(alpha)
+        new = new.where(missing[new.rows]).scaled(alpha)
         old = old.scaled(torch.where(missing[old.rows], 1 - alpha, 1.0))
         self.item_graphs[m].fill(joined(old, new), (n_items, n_items))
 
@@ -351,8 +351,7 @@ def without_items(edges: Edges, missing: Tensor) -> Edges:
     """Items `missing` [N] bool keep nothing but an edge of weight 1 to themselves."""
     touched = missing[edges.rows] | missing[edges.columns]
     alone = torch.nonzero(missing)[:, 0]
-    kept = Edges(*(field[~touched] for field in edges))
-    return joined(kept, Edges(alone, alone, torch.ones(len(alone))))
+    return joined(edges.where(~touched), Edges(alone, alone, torch.ones(len(alone))))
 
 
 def _fused(ids: Tensor, general: list[Tensor], specific: list[Tensor]) -> Tensor:
@@ -375,7 +374,3 @@ def _pairs(n: int) -> list[tuple[int, int]]:
 
 def _squared_error(one: Tensor, other: Tensor) -> Tensor:
     return F.mse_loss(one, other) if len(one) else one.sum()
-
-
-def _on_cpu(edges: Edges) -> Edges:
-    return Edges(*(field.cpu() for field in edges))

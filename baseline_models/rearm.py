@@ -108,28 +108,35 @@ class REARM(GraphRecommender):
         """All graphs and tables from train. Raises ValueError without features."""
         features, present = item_features("REARM", data.catalogue)
         super().prepare(data, generator)
-        own, n_users, n_items = self.own, data.n_users, data.n_items
-        bipartite = SparseGraph().fill(_on_cpu(self.bipartite.edges()), (n_users, n_items))
-        self.normalised.fill(symmetric(bipartite.edges(), (n_users, n_items)), (n_users, n_items))
-        degrees = bipartite.row_degrees().clamp(min=1)[:, None]
-        interests = [bipartite(rows) / degrees for rows in features]
-        for tables, values in ((self.features, features), (self.interests, interests)):
-            for table, rows in zip(tables, values, strict=True):
-                table.fill(rows) if isinstance(table, Table) else table.copy_(rows)
-        known = list(present.T)
-        k_users, k_items = own.user_neighbours, own.item_neighbours
-        everyone = [None] * len(interests)
-        similar_users = similarity(interests, everyone, k_users, own.user_first)
-        similar_items = similarity(features, known, k_items, own.item_first)
-        for graph, alike, share, k, by_items in (
-            (self.user_graph, similar_users, own.user_co, k_users, False),
-            (self.item_graph, similar_items, own.item_co, k_items, True),
-        ):
-            degrees = bipartite.column_degrees() if by_items else bipartite.row_degrees()
-            together = co_occurrence(bipartite, k, by_items)
-            together = co_occurrence_edges(together, degrees, generator)
-            n = len(degrees)
-            graph.fill(joined(together.scaled(share), alike.scaled(1 - share)), (n, n))
+        own, shape = self.own, (data.n_users, data.n_items)
+        self.normalised.fill(symmetric(self.bipartite.edges().cpu(), shape), shape)
+        interests = self._interests(features)
+        for table, rows in zip(self.features, features, strict=True):
+            table.copy_(rows)
+        for table, rows in zip(self.interests, interests, strict=True):
+            table.fill(rows)
+        anybody = [None] * len(interests)
+        users = similarity(interests, anybody, own.user_neighbours, own.user_first)
+        items = similarity(features, list(present.T), own.item_neighbours, own.item_first)
+        self._mix(self.user_graph, users, own.user_co, own.user_neighbours, False, generator)
+        self._mix(self.item_graph, items, own.item_co, own.item_neighbours, True, generator)
+
+    def _interests(self, features: list[Tensor]) -> list[Tensor]:
+        """Mean features of each user's train items, [U, d_m]; zeros without any."""
+        degrees = self.bipartite.row_degrees().clamp(min=1)[:, None]
+        return [(self.bipartite(rows.to(degrees.device)) / degrees).cpu() for rows in features]
+
+    def _mix(
+        self, graph: SparseGraph, alike: Edges, share: float, k: int, by_items: bool,
+        generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        """Fill with share x co-occurrence + (1 - share) x similarity."""
+        bipartite = self.bipartite
+        degrees = bipartite.column_degrees() if by_items else bipartite.row_degrees()
+        found = Neighbours(*(field.cpu() for field in co_occurrence(bipartite, k, by_items)))
+        together = co_occurrence_edges(found, degrees.cpu(), generator)
+        n = len(degrees)
+        graph.fill(joined(together.scaled(share), alike.scaled(1 - share)), (n, n))
 
     # ----------------------------------------------------------------- network
 
@@ -235,8 +242,8 @@ class MetaTransform(nn.Module):
 
 def similarity(vectors: list[Tensor], present: list[Tensor | None], k: int, first: float) -> Edges:
     """sum_m beta_m cos_m / k over the k nearest rows in each modality, itself included."""
-    shares = [first] + [(1 - first) / (len(vectors) - 1)] * (len(vectors) - 1)
-    shares = shares if len(vectors) > 1 else [1.0]
+    others = len(vectors) - 1
+    shares = [first, *[(1 - first) / others] * others] if others else [1.0]
     parts = []
     for x, known, share in zip(vectors, present, shares, strict=True):
         found = nearest(x, k, known)
@@ -262,10 +269,6 @@ def co_occurrence_edges(found: Neighbours, degrees: Tensor, generator: torch.Gen
     rows = torch.arange(n)[:, None].expand(n, k)
     weights = torch.softmax(values, dim=1)
     return Edges(rows.flatten(), columns.flatten(), weights.flatten())
-
-
-def _on_cpu(edges: Edges) -> Edges:
-    return Edges(*(field.cpu() for field in edges))
 
 
 # --------------------------------------------------------------------------- attention and losses

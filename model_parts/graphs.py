@@ -19,7 +19,7 @@ from torch import Tensor, nn
 # Numbers held at once while rows are compared with all others: 64 MB of floats.
 _BLOCK_NUMBERS = 16_000_000
 # Redraws of a negative that the user has; a user of nearly all items keeps what comes last.
-_REDRAWS = 20
+_REDRAWS = 100
 # Keeps the root of a degree of 0 finite, as the official codes do.
 _NO_DEGREE = 1e-7
 
@@ -34,6 +34,14 @@ class Edges(NamedTuple):
     def scaled(self, factor: float | Tensor) -> Edges:
         """The same edges with all weights times `factor`."""
         return self._replace(weights=self.weights * factor)
+
+    def where(self, chosen: Tensor) -> Edges:
+        """The edges that `chosen` [E] (bool, or numbers of edges) picks."""
+        return Edges(*(field[chosen] for field in self))
+
+    def cpu(self) -> Edges:
+        """The same edges in main memory, where graphs are put together."""
+        return Edges(*(field.cpu() for field in self))
 
 
 def joined(*parts: Edges) -> Edges:
@@ -90,7 +98,7 @@ class SparseGraph(Elastic):
     def fill(self, edges: Edges, shape: tuple[int, int]) -> SparseGraph:
         """Store `edges`, those of one place added up."""
         device = self.weights.device
-        edges = _coalesced(Edges(*(field.cpu() for field in edges)), shape[1])
+        edges = _coalesced(edges.cpu(), shape[1])
         by_column = edges.columns.argsort(stable=True)
         stored = {
             "offsets": _offsets(edges.rows, shape[0]),
@@ -231,10 +239,10 @@ def draw_negatives(graph: SparseGraph, users: Tensor) -> Tensor:
     n_items = len(graph.back_offsets) - 1
     items = torch.randint(n_items, users.shape, device=users.device)
     for _ in range(_REDRAWS):
-        known = graph.contains(users, items)
-        if not bool(known.any()):
+        again = torch.nonzero(graph.contains(users, items))[:, 0]
+        if not len(again):
             break
-        items[known] = torch.randint(n_items, (int(known.sum()),), device=users.device)
+        items[again] = torch.randint(n_items, again.shape, device=users.device)
     return items
 
 
@@ -245,8 +253,7 @@ def kept_edges(edges: Edges, share: float, generator: torch.Generator) -> Edges:
     log_p = -0.5 * (users[edges.rows].log() + items[edges.columns].log())
     # the largest of log p + Gumbel noise are a draw without repeats
     noise = torch.rand(len(log_p), generator=generator).clamp(min=1e-20)
-    chosen = (log_p - (-noise.log()).log()).topk(count).indices.sort().values
-    return Edges(*(field[chosen] for field in edges))
+    return edges.where((log_p - (-noise.log()).log()).topk(count).indices)
 
 
 # --------------------------------------------------------------------------- neighbours
@@ -260,7 +267,8 @@ class Neighbours(NamedTuple):
 
     def edges(self, floor: float = float("-inf")) -> Edges:
         """One edge for each neighbour whose value is above `floor`."""
-        rows = torch.arange(len(self.values))[:, None].expand_as(self.values)
+        rows = torch.arange(len(self.values), device=self.values.device)
+        rows = rows[:, None].expand_as(self.values)
         there = self.values > floor
         return Edges(rows[there], self.columns[there], self.values[there])
 
