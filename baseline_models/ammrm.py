@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from config import Config
 from model_parts.base import Batch, TrainingData
-from model_parts.collaborative import GraphRecommender, bpr, item_features
+from model_parts.collaborative import GraphRecommender, bpr, item_features, mean_of_others
 from model_parts.contrastive import row_nce
 from model_parts.graphs import (
     SparseGraph,
@@ -118,7 +118,7 @@ class AMMRM(GraphRecommender):
         if len(parts) == 1:
             return parts
         return [
-            x + attend(_mean_of_others(parts, m), x, self.neighbours[m])
+            x + attend(mean_of_others(parts, m), x, self.neighbours[m])
             for m, (x, attend) in enumerate(zip(parts, self.across, strict=True))
         ]
 
@@ -195,8 +195,3 @@ def _agreement(parts: list[Tensor], rows: Tensor, temperature: float) -> Tensor:
     """InfoNCE of the sum of modality parts with the behaviour part of the same rows."""
     behaviour, *content = (x[rows] for x in parts)
     return row_nce(sum(content), behaviour, temperature)
-
-
-def _mean_of_others(parts: list[Tensor], m: int) -> Tensor:
-    others = parts[:m] + parts[m + 1 :]
-    return sum(others) / len(others)

@@ -36,15 +36,17 @@ from model_parts.contrastive import row_nce
 from model_parts.graphs import (
     Edges,
     SparseGraph,
+    column_means,
+    isolated,
     joined,
     nearest,
     propagate,
     repeated,
+    row_means,
     symmetric,
     symmetric_by_rows,
 )
 
-_NO_DEGREE = 1e-7
 _CLUB_WIDTH, _CLUB_STEPS, _CLUB_ITEMS, _CLUB_RATE = 32, 5, 2048, 1e-4
 _WEIGHT_OF_IDS, _WEIGHT_OF_CONTENT = 1e-5, 0.1  # of the norms in L_reg
 
@@ -129,7 +131,7 @@ class DGMRec(GraphRecommender):
         for table, rows in zip(self.features, features, strict=True):
             table.copy_(rows)
         for m, graph in enumerate(self.item_graphs):
-            edges = without_items(self._neighbours(m), ~present[:, m])
+            edges = isolated(self._neighbours(m), ~present[:, m])
             graph.fill(symmetric_by_rows(edges, data.n_items), (data.n_items, data.n_items))
 
     def _neighbours(self, m: int) -> Edges:
@@ -145,16 +147,16 @@ class DGMRec(GraphRecommender):
         users, items = propagate(self.normalised, self.users.weight, self.items, own.ui_layers)
         raw_general, raw_specific = self.disentangled()
         preference = self.preferences()
-        of_users = 1 / (self.bipartite.row_degrees()[:, None] + _NO_DEGREE)
         general, specific, user_general, user_specific = [], [], [], []
         for m, graph in enumerate(self.item_graphs):
             both = torch.cat([preference[m] * raw_general[m], preference[m] * raw_specific[m]], 1)
             both = repeated(graph, both, own.mm_layers)
-            of_item, of_user = both.chunk(2, 1), (self.bipartite(both) * of_users).chunk(2, 1)
-            general.append(of_item[0])
-            specific.append(of_item[1])
-            user_general.append(of_user[0])
-            user_specific.append(of_user[1])
+            for sides, x in (
+                ((general, specific), both),
+                ((user_general, user_specific), row_means(self.bipartite, both)),
+            ):
+                for parts, part in zip(sides, x.chunk(2, 1), strict=True):
+                    parts.append(part)
         return Views(
             users, items, preference, raw_general, raw_specific,
             general, specific, user_general, user_specific,
@@ -171,9 +173,8 @@ class DGMRec(GraphRecommender):
 
     def preferences(self) -> list[Tensor]:
         """Mean of tanh(E_u F_m) over the users of each item, [N, d]."""
-        of_items = 1 / (self.bipartite.column_degrees()[:, None] + _NO_DEGREE)
         liked = (torch.tanh(layer(self.users.weight)) for layer in self.prefer)
-        return [self.bipartite.transposed(x) * of_items for x in liked]
+        return [column_means(self.bipartite, x) for x in liked]
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Fused vectors of users and items."""
@@ -345,13 +346,6 @@ def perturbed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """x + 0.1 sign(x) times a random direction with positive entries."""
     noise = torch.rand(x.shape, generator=generator, device=None if generator else x.device)
     return x + 0.1 * x.sign() * F.normalize(noise.to(x), dim=-1)
-
-
-def without_items(edges: Edges, missing: Tensor) -> Edges:
-    """Items `missing` [N] bool keep nothing but an edge of weight 1 to themselves."""
-    touched = missing[edges.rows] | missing[edges.columns]
-    alone = torch.nonzero(missing)[:, 0]
-    return joined(edges.where(~touched), Edges(alone, alone, torch.ones(len(alone))))
 
 
 def _fused(ids: Tensor, general: list[Tensor], specific: list[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from config import Config
 from model_parts.base import Batch, TrainingData
-from model_parts.collaborative import GraphRecommender, bpr, item_features
+from model_parts.collaborative import GraphRecommender, bpr, item_features, mean_of_others
 from model_parts.contrastive import row_nce
 from model_parts.graphs import (
     Edges,
@@ -45,6 +45,7 @@ from model_parts.graphs import (
     nearest,
     propagate,
     repeated,
+    row_means,
     symmetric,
 )
 
@@ -107,36 +108,21 @@ class REARM(GraphRecommender):
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
         """All graphs and tables from train. Raises ValueError without features."""
         features, present = item_features("REARM", data.catalogue)
+        features = [rows.to(self.items.device) for rows in features]
         super().prepare(data, generator)
         own, shape = self.own, (data.n_users, data.n_items)
         self.normalised.fill(symmetric(self.bipartite.edges().cpu(), shape), shape)
-        interests = self._interests(features)
-        for table, rows in zip(self.features, features, strict=True):
-            table.copy_(rows)
-        for table, rows in zip(self.interests, interests, strict=True):
-            table.fill(rows)
-        anybody = [None] * len(interests)
-        users = similarity(interests, anybody, own.user_neighbours, own.user_first)
-        items = similarity(features, list(present.T), own.item_neighbours, own.item_first)
-        self._mix(self.user_graph, users, own.user_co, own.user_neighbours, False, generator)
-        self._mix(self.item_graph, items, own.item_co, own.item_neighbours, True, generator)
-
-    def _interests(self, features: list[Tensor]) -> list[Tensor]:
-        """Mean features of each user's train items, [U, d_m]; zeros without any."""
-        degrees = self.bipartite.row_degrees().clamp(min=1)[:, None]
-        return [(self.bipartite(rows.to(degrees.device)) / degrees).cpu() for rows in features]
-
-    def _mix(
-        self, graph: SparseGraph, alike: Edges, share: float, k: int, by_items: bool,
-        generator: torch.Generator,
-    ) -> None:  # fmt: skip
-        """Fill with share x co-occurrence + (1 - share) x similarity."""
-        bipartite = self.bipartite
-        degrees = bipartite.column_degrees() if by_items else bipartite.row_degrees()
-        found = Neighbours(*(field.cpu() for field in co_occurrence(bipartite, k, by_items)))
-        together = co_occurrence_edges(found, degrees.cpu(), generator)
-        n = len(degrees)
-        graph.fill(joined(together.scaled(share), alike.scaled(1 - share)), (n, n))
+        interests = [row_means(self.bipartite, rows) for rows in features]
+        for m, (rows, interest) in enumerate(zip(features, interests, strict=True)):
+            self.features[m].copy_(rows)
+            self.interests[m].fill(interest)
+        known = list(present.T.to(self.items.device))
+        users = similarity(interests, None, own.user_neighbours, own.user_first)
+        items = similarity(features, known, own.item_neighbours, own.item_first)
+        in_common = taken_together(self.bipartite, own.user_neighbours, False, generator)
+        self.user_graph.fill(blended(in_common, users, own.user_co), (data.n_users, data.n_users))
+        in_common = taken_together(self.bipartite, own.item_neighbours, True, generator)
+        self.item_graph.fill(blended(in_common, items, own.item_co), (data.n_items, data.n_items))
 
     # ----------------------------------------------------------------- network
 
@@ -175,7 +161,7 @@ class REARM(GraphRecommender):
         if len(content) == 1:
             return content
         return [
-            self.activate(self.norm(x + _attend(attention, _mean_of_others(content, m), x)))
+            self.activate(self.norm(x + _attend(attention, mean_of_others(content, m), x)))
             for m, (attention, x) in enumerate(zip(self.across, content, strict=True))
         ]
 
@@ -240,15 +226,23 @@ class MetaTransform(nn.Module):
 # --------------------------------------------------------------------------- graphs
 
 
-def similarity(vectors: list[Tensor], present: list[Tensor | None], k: int, first: float) -> Edges:
+def similarity(vectors: list[Tensor], present: list[Tensor] | None, k: int, first: float) -> Edges:
     """sum_m beta_m cos_m / k over the k nearest rows in each modality, itself included."""
     others = len(vectors) - 1
     shares = [first, *[(1 - first) / others] * others] if others else [1.0]
     parts = []
-    for x, known, share in zip(vectors, present, shares, strict=True):
-        found = nearest(x, k, known)
-        parts.append(found.edges().scaled(share / found.values.shape[1]))
+    for m, (x, share) in enumerate(zip(vectors, shares, strict=True)):
+        found = nearest(x, k, present[m] if present else None)
+        parts.append(found.edges().scaled(share / found.values.shape[1]).cpu())
     return joined(*parts)
+
+
+def taken_together(
+    bipartite: SparseGraph, k: int, by_items: bool, generator: torch.Generator
+) -> Edges:
+    """Users who took the same items (or items taken by the same users), weights adding up to 1."""
+    degrees = bipartite.column_degrees() if by_items else bipartite.row_degrees()
+    return co_occurrence_edges(co_occurrence(bipartite, k, by_items), degrees, generator)
 
 
 def co_occurrence_edges(found: Neighbours, degrees: Tensor, generator: torch.Generator) -> Edges:
@@ -257,18 +251,22 @@ def co_occurrence_edges(found: Neighbours, degrees: Tensor, generator: torch.Gen
     A row with fewer is filled up by drawing from those it has; a row without any gets the k most
     active nodes, weighted by softmax of their share of interactions.
     """
-    n, k = found.values.shape
-    there = torch.isfinite(found.values)
+    values, columns = (field.cpu() for field in found)
+    n, k = values.shape
+    there = torch.isfinite(values)
     counts = there.sum(1, keepdim=True)
     drawn = (torch.rand(n, k, generator=generator) * counts).long()
     slots = torch.where(there, torch.arange(k), drawn)
-    columns, values = found.columns.gather(1, slots), found.values.gather(1, slots)
-    alone = counts[:, 0] == 0
-    active = degrees.float().topk(k)
+    values, columns = values.gather(1, slots), columns.gather(1, slots)
+    alone, active = counts[:, 0] == 0, degrees.float().cpu().topk(k)
     columns[alone], values[alone] = active.indices, active.values / active.values.sum()
     rows = torch.arange(n)[:, None].expand(n, k)
-    weights = torch.softmax(values, dim=1)
-    return Edges(rows.flatten(), columns.flatten(), weights.flatten())
+    return Edges(rows.flatten(), columns.flatten(), torch.softmax(values, dim=1).flatten())
+
+
+def blended(one: Edges, other: Edges, share: float) -> Edges:
+    """share x one + (1 - share) x other."""
+    return joined(one.scaled(share), other.scaled(1 - share))
 
 
 # --------------------------------------------------------------------------- attention and losses
@@ -285,11 +283,6 @@ def _attend(attention: nn.MultiheadAttention, asking: Tensor, x: Tensor) -> Tens
     """The d features of a row as d tokens of width 1: [R, d], [R, d] -> [R, d]."""
     tokens = x[:, :, None]
     return attention(asking[:, :, None], tokens, tokens, need_weights=False)[0][:, :, 0]
-
-
-def _mean_of_others(content: list[Tensor], m: int) -> Tensor:
-    others = content[:m] + content[m + 1 :]
-    return sum(others) / len(others)
 
 
 def _pairs(content: list[Tensor], rows: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -92,6 +92,12 @@ def bpr(users: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
     return -F.logsigmoid((users * (positives - negatives)).sum(1)).mean()
 
 
+def mean_of_others(parts: list[Tensor], m: int) -> Tensor:
+    """Mean of all tensors of the list but the m-th."""
+    others = parts[:m] + parts[m + 1 :]
+    return sum(others) / len(others)
+
+
 def item_features(model: str, catalogue: Any) -> tuple[list[Tensor], Tensor]:
     """Feature matrices [N, d_m] with missing rows at the mean of the others, presence [N, M].
 

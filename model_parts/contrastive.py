@@ -57,7 +57,7 @@ def row_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     """
     if not len(one):
         return one.sum()
-    logits = F.normalize(one, dim=1) @ F.normalize(other, dim=1).T / temperature
+    logits = (F.normalize(one, dim=1) / temperature) @ F.normalize(other, dim=1).T
     return info_nce(logits, torch.arange(len(one), device=one.device))
 
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Numbers held at once while rows are compared with all others: 64 MB of floats.
-_BLOCK_NUMBERS = 16_000_000
+# Rows, and numbers (64 MB of floats), held at once while rows are compared with all others. Sparse
+# products are fastest a few hundred columns wide.
+_BLOCK_ROWS, _BLOCK_NUMBERS = 256, 16_000_000
 # Redraws of a negative that the user has; a user of nearly all items keeps what comes last.
 _REDRAWS = 100
 # Keeps the root of a degree of 0 finite, as the official codes do.
@@ -198,8 +199,9 @@ def interaction_edges(train: Any) -> Edges:
     offsets = torch.tensor(train.offsets, dtype=torch.long)
     users = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
     items = torch.tensor(train.items, dtype=torch.long) - 1
-    pairs = torch.unique(torch.stack([users, items]), dim=1)
-    return Edges(pairs[0], pairs[1], torch.ones(pairs.shape[1]))
+    span = int(items.max()) + 1 if len(items) else 1
+    places = torch.unique(users * span + items)
+    return Edges(places // span, places % span, torch.ones(len(places)))
 
 
 def symmetric(edges: Edges, shape: tuple[int, int]) -> Edges:
@@ -232,6 +234,23 @@ def repeated(graph: SparseGraph, x: Tensor, layers: int) -> Tensor:
     for _ in range(layers):
         x = graph(x)
     return x
+
+
+def row_means(graph: SparseGraph, x: Tensor) -> Tensor:
+    """Mean of x [C, d] over the edges of each row of a binary graph, [R, d]; 0 without edges."""
+    return graph(x) / graph.row_degrees().clamp(min=1)[:, None]
+
+
+def column_means(graph: SparseGraph, x: Tensor) -> Tensor:
+    """Mean of x [R, d] over the edges of each column of a binary graph, [C, d]."""
+    return graph.transposed(x) / graph.column_degrees().clamp(min=1)[:, None]
+
+
+def isolated(edges: Edges, lonely: Tensor) -> Edges:
+    """Nodes `lonely` [R] bool keep nothing but an edge of weight 1 to themselves."""
+    touched = lonely[edges.rows] | lonely[edges.columns]
+    own = torch.nonzero(lonely)[:, 0]
+    return joined(edges.where(~touched), Edges(own, own, torch.ones(len(own))))
 
 
 def draw_negatives(graph: SparseGraph, users: Tensor) -> Tensor:
@@ -320,7 +339,7 @@ def _best_of_blocks(
     block: Callable[[Tensor], Tensor], n: int, k: int, widest: int = 0
 ) -> Neighbours:
     """`block(rows)` is [b, n]; rows come in blocks that keep b max(n, widest) bounded."""
-    size = max(1, _BLOCK_NUMBERS // max(n, widest, 1))
+    size = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // max(n, widest, 1)))
     found = [block(rows).topk(min(k, n), dim=1) for rows in torch.arange(n).split(size)]
     values, columns = zip(*found, strict=True)
     return Neighbours(torch.cat(values), torch.cat(columns))

@@ -19,13 +19,16 @@ from model_parts.graphs import (
     SparseGraph,
     Table,
     co_occurrence,
+    column_means,
     draw_negatives,
     interaction_edges,
+    isolated,
     joined,
     kept_edges,
     nearest,
     propagate,
     repeated,
+    row_means,
     symmetric,
     symmetric_by_rows,
 )
@@ -148,6 +151,20 @@ def test_propagation_is_the_mean_over_powers_of_the_whole_matrix():
     square = graph_of(random_matrix(6, 6))
     twice = dense(square) @ dense(square) @ items
     torch.testing.assert_close(repeated(square, items, 2), twice)
+
+
+def test_means_over_edges_by_hand():
+    graph = graph_of(torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    x = torch.tensor([[2.0], [4.0], [100.0]])
+    assert row_means(graph, x)[:, 0].tolist() == [3.0, 4.0, 0.0]
+    assert column_means(graph, x)[:, 0].tolist() == [2.0, 3.0, 0.0]
+
+
+def test_isolated_nodes_keep_an_edge_to_themselves():
+    matrix = torch.arange(1.0, 10).view(3, 3)
+    edges = isolated(graph_of(matrix).edges(), torch.tensor([False, True, False]))
+    expected = torch.tensor([[1.0, 0.0, 3.0], [0.0, 1.0, 0.0], [7.0, 0.0, 9.0]])
+    assert torch.equal(dense(SparseGraph().fill(edges, (3, 3))), expected)
 
 
 # ---- neighbours --------------------------------------------------------------------------------

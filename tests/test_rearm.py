@@ -89,11 +89,11 @@ def test_losses_and_gradients_are_the_official_ones(model, official, monkeypatch
 
 def test_similarity_graphs_are_the_official_ones(model, official):
     features = [official["visual"], official["text"]]
-    items = stored(similarity(features, [None, None], 4, 0.3), 12)
+    items = stored(similarity(features, None, 4, 0.3), 12)
     torch.testing.assert_close(items, official["similar_items"], atol=1e-6, rtol=0)
     means = dense(model.bipartite)
     means = means / means.sum(1, keepdim=True)
-    users = stored(similarity([means @ x for x in features], [None, None], 5, 0.2), 14)
+    users = stored(similarity([means @ x for x in features], None, 5, 0.2), 14)
     torch.testing.assert_close(users, official["similar_users"], atol=1e-6, rtol=0)
 
 
