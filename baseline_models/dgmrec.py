@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from config import Config
 from model_parts.base import Batch, TrainingData
 from model_parts.collaborative import GraphRecommender, Triples, bpr, item_features
-from model_parts.contrastive import row_nce
+from model_parts.contrastive import Club, row_nce
 from model_parts.graphs import (
     Edges,
     SparseGraph,
@@ -47,7 +47,7 @@ from model_parts.graphs import (
     symmetric_by_rows,
 )
 
-_CLUB_WIDTH, _CLUB_STEPS, _CLUB_ITEMS, _CLUB_RATE = 32, 5, 2048, 1e-4
+_CLUB_STEPS, _CLUB_ITEMS, _CLUB_RATE = 5, 2048, 1e-4
 _WEIGHT_OF_IDS, _WEIGHT_OF_CONTENT = 1e-5, 0.1  # of the norms in L_reg
 
 
@@ -142,34 +142,32 @@ class DGMRec(GraphRecommender):
     # ----------------------------------------------------------------- network
 
     def views(self) -> Views:
-        """Sections 4.1 to 4.3 of the paper, for all users and items."""
+        """The whole forward pass, for all users and items."""
         own = self.own
         users, items = propagate(self.normalised, self.users.weight, self.items, own.ui_layers)
         raw_general, raw_specific = self.disentangled()
         preference = self.preferences()
-        general, specific, user_general, user_specific = [], [], [], []
-        for m, graph in enumerate(self.item_graphs):
-            both = torch.cat([preference[m] * raw_general[m], preference[m] * raw_specific[m]], 1)
-            both = repeated(graph, both, own.mm_layers)
-            for sides, x in (
-                ((general, specific), both),
-                ((user_general, user_specific), row_means(self.bipartite, both)),
-            ):
-                for parts, part in zip(sides, x.chunk(2, 1), strict=True):
-                    parts.append(part)
+        gated = zip(self.item_graphs, preference, raw_general, raw_specific, strict=True)
+        both = [
+            repeated(graph, torch.cat([liked * general, liked * specific], 1), own.mm_layers)
+            for graph, liked, general, specific in gated
+        ]
+        of_users = [row_means(self.bipartite, x) for x in both]
         return Views(
-            users, items, preference, raw_general, raw_specific,
-            general, specific, user_general, user_specific,
-        )  # fmt: skip
+            users, items, preference, raw_general, raw_specific, *_halves(both), *_halves(of_users)
+        )
 
     def disentangled(self) -> tuple[list[Tensor], list[Tensor]]:
         """g0_m = sigmoid(Ws tanh(Wm X_m)) and s0_m = sigmoid(Vm X_m), [N, d] each."""
-        layers = zip(self.features, self.encode_general, self.encode_specific, strict=True)
-        pairs = [
-            (torch.sigmoid(self.shared(torch.tanh(g(x)))), torch.sigmoid(s(x)))
-            for x, g, s in layers
+        general = [
+            torch.sigmoid(self.shared(torch.tanh(encode(x))))
+            for encode, x in zip(self.encode_general, self.features, strict=True)
         ]
-        return [g for g, _ in pairs], [s for _, s in pairs]
+        specific = [
+            torch.sigmoid(encode(x))
+            for encode, x in zip(self.encode_specific, self.features, strict=True)
+        ]
+        return general, specific
 
     def preferences(self) -> list[Tensor]:
         """Mean of tanh(E_u F_m) over the users of each item, [N, d]."""
@@ -314,31 +312,6 @@ class DGMRec(GraphRecommender):
         self.item_graphs[m].fill(joined(old, new), (n_items, n_items))
 
 
-class Club(nn.Module):
-    """q(general | specific), a diagonal Gaussian: a bound of their mutual information (CLUB)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        inner = _CLUB_WIDTH
-        self.mean = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
-        self.log_variance = nn.Sequential(
-            nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width), nn.Tanh()
-        )
-
-    def misfit(self, specific: Tensor, general: Tensor) -> Tensor:
-        """Negative log-likelihood up to constants, mean over items."""
-        log_variance = self.log_variance(specific)
-        error = (self.mean(specific) - general).square() / log_variance.exp()
-        return (error + log_variance).sum(1).mean()
-
-    def bound(self, specific: Tensor, general: Tensor) -> Tensor:
-        """Half the mean gain of the own general part over that of a random item."""
-        mean, precision = self.mean(specific), (-self.log_variance(specific)).exp()
-        other = general[torch.randperm(len(general)).to(general.device)]
-        gain = ((mean - other).square() - (mean - general).square()) * precision
-        return 0.5 * gain.sum(1).mean()
-
-
 # --------------------------------------------------------------------------- helpers
 
 
@@ -346,6 +319,12 @@ def perturbed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """x + 0.1 sign(x) times a random direction with positive entries."""
     noise = torch.rand(x.shape, generator=generator, device=None if generator else x.device)
     return x + 0.1 * x.sign() * F.normalize(noise.to(x), dim=-1)
+
+
+def _halves(parts: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """M of [R, 2 d] -> the first and the second d columns of each."""
+    first, second = zip(*(x.chunk(2, dim=1) for x in parts), strict=True)
+    return list(first), list(second)
 
 
 def _fused(ids: Tensor, general: list[Tensor], specific: list[Tensor]) -> Tensor:

@@ -21,10 +21,11 @@ from graph_toys import (
 )
 
 from baseline_models import dgmrec
-from baseline_models.dgmrec import Club, DGMRec, perturbed
+from baseline_models.dgmrec import DGMRec, perturbed
 from config import Config
 from model_parts.base import TrainingData, count_parameters
 from model_parts.collaborative import Triples
+from model_parts.contrastive import Club
 
 
 def make(data: TrainingData, **own: Any) -> DGMRec:
