@@ -259,7 +259,7 @@ def co_occurrence_edges(found: Neighbours, degrees: Tensor, generator: torch.Gen
     slots = torch.where(there, torch.arange(k), drawn)
     values, columns = values.gather(1, slots), columns.gather(1, slots)
     alone, active = counts[:, 0] == 0, degrees.float().cpu().topk(k)
-    columns[alone], values[alone] = active.indices, active.values / active.values.sum()
+    columns[alone], values[alone] = active.indices, active.values / active.values.sum().clamp(min=1)
     rows = torch.arange(n)[:, None].expand(n, k)
     return Edges(rows.flatten(), columns.flatten(), torch.softmax(values, dim=1).flatten())
 
