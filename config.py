@@ -317,6 +317,84 @@ class Pctx(Seq2Seq):
 
 
 @dataclass
+class PRISM:
+    """baseline_models/prism.py; the paper's size is width 256."""
+
+    width: int = number(256, 4, 8192, "embedding and hidden width")
+    layers: int = number(1, 1, 64, "blocks")
+    heads: int = number(4, 1, 64, "attention heads")
+    dropout: float = number(0.3, 0.0, 0.95, "on the input and in the blocks")
+    gate_dropout: float = number(0.3, 0.0, 0.95, "in the gate of the experts")
+    expert: int = number(128, 4, 65536, "hidden width of an expert")
+    temperature: float = number(0.7, 1e-3, 100.0, "of the softmax over experts")
+    unique: float = number(0.1, 0.0, 100.0, "weight of the uniqueness losses")
+    synergy: float = number(0.1, 0.0, 100.0, "weight of the synergy loss")
+    redundancy: float = number(0.1, 0.0, 100.0, "weight of the redundancy loss")
+    pooling: str = choice(
+        "window", ("window", "causal"), "experts see the whole window, or the items so far"
+    )
+    objective: str = choice(
+        "sampled", ("sampled", "softmax"), "one sampled negative a position, or all items"
+    )
+
+
+@dataclass
+class DGMRec:
+    """baseline_models/dgmrec.py; the sizes and weights of the paper's Baby setting."""
+
+    width: int = number(64, 4, 8192, "embedding width")
+    ui_layers: int = number(3, 0, 64, "propagation on the user-item graph")
+    mm_layers: int = number(2, 0, 64, "propagation on item graphs")
+    neighbours: int = number(10, 1, 1000, "items in a row of an item graph, itself included")
+    alpha: float = number(0.4, 0.0, 1.0, "weight of the new item graph at a refresh")
+    refresh: int = number(5, 1, 100_000, "epochs between refreshes")
+    disentangle: float = number(0.01, 0.0, 100.0, "lambda_1, weight of L_disentangle")
+    align: float = number(0.01, 0.0, 100.0, "lambda_2, weight of L_align")
+    generation: float = number(0.05, 0.0, 100.0, "weight of L_gen")
+    reconstruction: float = number(0.1, 0.0, 100.0, "weight of L_recon")
+    tau_general: float = number(0.4, 1e-3, 100.0, "temperature of general parts")
+    tau_behaviour: float = number(0.4, 1e-3, 100.0, "temperature of behaviour and modality")
+    tau_align: float = number(0.2, 1e-3, 100.0, "temperature of users and items")
+
+
+@dataclass
+class REARM:
+    """baseline_models/rearm.py; the sizes and weights of the paper's Baby setting."""
+
+    width: int = number(64, 4, 8192, "embedding width")
+    layers: int = number(4, 0, 64, "propagation on the user-item graph")
+    user_layers: int = number(1, 0, 64, "propagation on the user graph")
+    item_layers: int = number(1, 0, 64, "propagation on the item graph")
+    user_neighbours: int = number(40, 1, 1000, "users in a row of the user graphs")
+    item_neighbours: int = number(10, 1, 1000, "items in a row of the item graphs")
+    user_co: float = number(0.4, 0.0, 1.0, "weight of co-occurrence against interest similarity")
+    item_co: float = number(0.2, 0.0, 1.0, "weight of co-occurrence against feature similarity")
+    user_first: float = number(0.2, 0.0, 1.0, "share of the first modality in the user graph")
+    item_first: float = number(0.0, 0.0, 1.0, "share of the first modality in the item graph")
+    rank: int = number(3, 1, 1000, "rank of the meta transform")
+    self_dropout: float = number(0.4, 0.0, 1.0, "on self-attention weights")
+    cross_dropout: float = number(0.6, 0.0, 1.0, "on cross-attention weights")
+    contrast: float = number(5e-6, 0.0, 100.0, "weight of the contrast of modalities")
+    temperature: float = number(0.6, 1e-3, 100.0, "tau of that contrast")
+    orthogonal: float = number(5e-5, 0.0, 100.0, "weight of orthogonality, for batches of 2048")
+
+
+@dataclass
+class AMMRM:
+    """baseline_models/ammrm.py; what the paper does not state is marked there."""
+
+    width: int = number(64, 4, 8192, "embedding width")
+    heads: int = number(4, 1, 64, "heads of the cross-modal attention")
+    ui_layers: int = number(2, 0, 64, "propagation on the user-item graph")
+    mm_layers: int = number(1, 0, 64, "propagation on item graphs")
+    neighbours: int = number(10, 1, 1000, "items in a row of an item graph")
+    edge_dropout: float = number(0.1, 0.0, 0.95, "rho, share of edges left out in an epoch")
+    contrast: float = number(0.01, 0.0, 100.0, "weight of InfoNCE of modality and behaviour")
+    temperature: float = number(0.2, 1e-3, 100.0, "tau of that InfoNCE")
+    norm: float = number(1e-4, 0.0, 100.0, "weight of squared norms of the batch's vectors")
+
+
+@dataclass
 class PMAT:
     """our_models/pmat.py"""
 
@@ -402,6 +480,10 @@ class Config:
     fusid: FusID = field(default_factory=FusID)
     mmq: MMQ = field(default_factory=MMQ)
     pctx: Pctx = field(default_factory=Pctx)
+    prism: PRISM = field(default_factory=PRISM)
+    dgmrec: DGMRec = field(default_factory=DGMRec)
+    rearm: REARM = field(default_factory=REARM)
+    ammrm: AMMRM = field(default_factory=AMMRM)
     pmat: PMAT = field(default_factory=PMAT)
     mcrl: MCRL = field(default_factory=MCRL)
 
@@ -412,6 +494,12 @@ class Config:
     def n_modalities(self, catalogue: Any = None) -> int:
         """Modalities of `catalogue`, or of the mock data set; at least 1."""
         return max(len(self.mock.dims if catalogue is None else catalogue.modalities), 1)
+
+    def modality_widths(self, catalogue: Any = None) -> list[int]:
+        """Feature width of each modality; [1] without features, which `prepare` may refuse."""
+        if catalogue is None:
+            return list(self.mock.dims.values()) or [1]
+        return [features.shape[1] for features, _ in catalogue.modalities.values()] or [1]
 
 
 # --------------------------------------------------------------------------- presets
@@ -516,6 +604,49 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "bsarec": {
         "*": {"train.lr": 5e-4, "train.batch_size": 256, "train.epochs": 100},
         "mock": {"train.lr": 1e-3, "train.epochs": 15, "bsarec.dropout": 0.2},
+    },
+    # graph models: sizes are the papers', rates are higher so that a CPU gets there in half an hour
+    "prism": {
+        "*": {
+            "train.lr": 1e-3,
+            "train.batch_size": 256,
+            "train.epochs": 80,
+            "prism.width": 64,
+        },
+        "mock": {"train.batch_size": 64, "train.epochs": 50},
+    },
+    "dgmrec": {
+        "*": {
+            "train.lr": 3e-3,
+            "train.batch_size": 2048,
+            "train.epochs": 40,
+            "train.eval_every": 2,
+            "train.clip": 0.0,
+        },
+        "mock": {"train.lr": 5e-3, "train.batch_size": 512, "train.epochs": 12},
+    },
+    "rearm": {
+        "*": {
+            "train.lr": 2e-3,
+            "train.batch_size": 2048,
+            "train.epochs": 16,
+            "train.clip": 0.0,
+            "train.weight_decay": 5e-4,
+            # attention with dropout has no fused form on a CPU and costs ten times as much
+            "rearm.self_dropout": 0.0,
+            "rearm.cross_dropout": 0.0,
+        },
+        "mock": {"train.lr": 5e-3, "train.batch_size": 512, "train.epochs": 10},
+    },
+    "ammrm": {
+        "*": {
+            "train.lr": 3e-3,
+            "train.batch_size": 2048,
+            "train.epochs": 50,
+            "train.eval_every": 2,
+            "train.clip": 0.0,
+        },
+        "mock": {"train.lr": 5e-3, "train.batch_size": 512, "train.epochs": 20},
     },
     "pmat": {
         "*": REAL_PMAT,

@@ -16,6 +16,10 @@ MODELS = {
     "fusid": "baseline_models.fusid:FusID",
     "mmq": "baseline_models.mmq:MMQ",
     "pctx": "baseline_models.pctx:Pctx",
+    "prism": "baseline_models.prism:PRISM",
+    "dgmrec": "baseline_models.dgmrec:DGMRec",
+    "rearm": "baseline_models.rearm:REARM",
+    "ammrm": "baseline_models.ammrm:AMMRM",
 }
 _BY_CLASS = {target.split(":")[1]: target for target in MODELS.values()}
 

@@ -129,7 +129,8 @@ class Trainer:
     def _run_epoch(self, epoch: int, stop: StopRequest) -> None:
         progress, seed = self.progress, self.config.run.seed
         rng = np.random.default_rng(stream_seed(seed, "order", epoch))
-        order = bucketed_order(self.examples.lengths, self.config.train.batch_size, rng)
+        lengths = self.examples.lengths if self.model.bucketed else self.examples.lengths * 0
+        order = bucketed_order(lengths, self.config.train.batch_size, rng)
         self.model.begin_epoch(epoch, torch_generator(seed, "epoch", epoch))
         self.model.train()
         watch, saved = Stopwatch(), time.monotonic()

@@ -46,12 +46,15 @@ class Recommender(nn.Module):
     Class attributes declare what the loop and the modes may do with it:
     `examples` says how train histories become examples: `positions` (one example a user, a loss
     at every position) or `prefixes` (one example for every position, a loss at its end);
+    `bucketed` whether histories of similar length share a batch (a model that does not read
+    histories wants random partners instead);
     `ablations` maps a label to config overrides; `search_space` maps a config key to
     `(low, high)` or `(low, high, "log")` or a list of choices.
     """
 
     name: ClassVar[str] = ""
     examples: ClassVar[Literal["positions", "prefixes"]] = "positions"
+    bucketed: ClassVar[bool] = True
     ablations: ClassVar[dict[str, dict[str, Any]]] = {}
     search_space: ClassVar[dict[str, Any]] = {}
     n_codes: int = 0  # codes per digit of `item_ids`; 0 for a model without semantic IDs

@@ -1,4 +1,4 @@
-"""Contrastive pieces: InfoNCE with forbidden negatives, feature neighbours, random prefixes.
+"""Contrastive pieces: InfoNCE with forbidden negatives, CLUB, feature neighbours, random prefixes.
 
 Letters: B anchors, S keys, N items, T positions, d width.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model_parts.base import Batch
 
@@ -48,6 +48,44 @@ def aligned(one: Tensor, other: Tensor, rows: Tensor, temperature: float, counts
     own = torch.arange(len(rows), device=rows.device)
     there = info_nce(logits, own, forbidden, counts)
     return 0.5 * (there + info_nce(logits.T, own, forbidden, counts))
+
+
+def row_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of row i of `one` with row i of `other`, all rows of `other` beside it, [P, d] each.
+
+    mean_i [logsumexp_j <a_i, b_j> / tau - <a_i, b_i> / tau] of unit rows; 0 without rows.
+    """
+    if not len(one):
+        return one.sum()
+    logits = (F.normalize(one, dim=1) / temperature) @ F.normalize(other, dim=1).T
+    return info_nce(logits, torch.arange(len(one), device=one.device))
+
+
+class Club(nn.Module):
+    """Contrastive log-ratio upper bound of mutual information, from q(y | x), a diagonal Gaussian.
+
+    Cheng et al., CLUB, ICML 2020, in its sampled form. Fit it by `misfit`, then lower `bound`.
+    """
+
+    def __init__(self, width: int, inner: int = 32) -> None:
+        super().__init__()
+        self.mean = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
+        self.log_variance = nn.Sequential(
+            nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width), nn.Tanh()
+        )
+
+    def misfit(self, x: Tensor, y: Tensor) -> Tensor:
+        """Negative log-likelihood of y [P, d] given x [P, d] up to constants, mean over rows."""
+        log_variance = self.log_variance(x)
+        error = (self.mean(x) - y).square() / log_variance.exp()
+        return (error + log_variance).sum(1).mean()
+
+    def bound(self, x: Tensor, y: Tensor) -> Tensor:
+        """Half the mean gain of the own y over that of a random row."""
+        mean, precision = self.mean(x), (-self.log_variance(x)).exp()
+        other = y[torch.randperm(len(y)).to(y.device)]
+        gain = ((mean - other).square() - (mean - y).square()) * precision
+        return 0.5 * gain.sum(1).mean()
 
 
 @torch.no_grad()

@@ -404,3 +404,35 @@ def test_two_processes_give_the_metrics_of_one(flags, tmp_path):
     one, two = stored(only_run(tmp_path, "one")), stored(only_run(tmp_path, "two"))
     for part in ("valid", "test"):
         assert two[part] == pytest.approx(one[part], abs=1e-4)
+
+
+# --------------------------------------------------------------------------- batches
+
+
+class Reader(Toy):
+    """Remembers how much the histories of each batch differ in length."""
+
+    examples = "prefixes"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spreads: list[int] = []
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        self.spreads.append(int(batch.lengths.max() - batch.lengths.min()))
+        return super().loss(batch)
+
+
+@pytest.mark.parametrize("bucketed", [True, False])
+def test_histories_share_a_batch_by_length_only_where_the_model_reads_them(
+    tiny, tmp_path, bucketed
+):
+    lengths = np.full(40, 9)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    train = Sequences(np.ones(offsets[-1], dtype=np.int32), offsets, np.arange(offsets[-1]))
+    config = tiny(settings={"train.batch_size": 40, "train.epochs": 1})
+    model = Reader()
+    model.bucketed = bucketed
+    Trainer(model, train, config, tmp_path, CPU, lambda: {"ndcg@10": 0.5}, "data").fit()
+    assert len(model.spreads) == 8
+    assert (np.mean(model.spreads) < 2) == bucketed

@@ -1,0 +1,232 @@
+"""PRISM on SASRec: experts of unique, synergistic and redundant content beside item embeddings.
+
+Paper: Personalized Recommendation via Information Synergy Module, WWW 2026 (arXiv 2601.10944).
+Reproduced: the interaction expert layer and the adaptive fusion layer of the released code, inside
+its SASRec; the loss, one sampled negative at every position; weights 0.1 of the four expert losses.
+The released SASRec file does not run (its feature tables are never made); repaired here as its
+STOSA sibling has them. Name it PRISM+SASRec: the paper's best rows are PRISM+InDiRec, whose code is
+not released. Size at the paper's setting (width 256, two 512-d modalities): 17,623,044 parameters
+on Beauty, with the two phantom items that the release adds.
+
+As released, not as in the paper: expert losses act on pooled embeddings, not on predictions; the
+triplets are Euclidean with margin 1; the dropout inside experts has no effect. And as released, the
+experts pool the whole training window, so that a position sees its own targets: a mismatch between
+training and test, which `prism.pooling=causal` (running means) removes. Means run over all slots of
+the window, with fixed random vectors in the empty ones, so they depend on `data.max_history`
+(official 100, here 50).
+Differs: any number of modalities, one uniqueness expert each; a missing feature row is N(0, 0.02)
+noise in that modality only; negatives are drawn outside the user's train items (the release leaves
+out held-out items as well, a leak) and candidates are the real items; positions are counted from
+the newest item and no work is done on padding, which gives the same states.
+Checked against: numbers of the released code on toy data (tests/test_prism.py). Published for
+PRISM+SASRec on Beauty: R@10 .0681 / N@10 .0343, its SASRec .0534 / .0247 (seen items masked).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config
+from model_parts.backbone import Positions, PostNormBlock, at_last, init_weights
+from model_parts.base import Batch, Recommender, TrainingData
+from model_parts.collaborative import item_features
+from model_parts.graphs import SparseGraph, draw_negatives, interaction_edges
+from model_parts.softmax import item_cross_entropy
+
+_MARGIN, _EPS = 1.0, 1e-7
+_NOISE_OF_MISSING = 0.02
+
+
+class PRISM(Recommender):
+    """SASRec whose window embedding has a mixture of modality experts added."""
+
+    name = "prism"
+    ablations = {
+        "experts see the items so far": {"prism.pooling": "causal"},
+        "full softmax": {"prism.objective": "softmax"},
+        "no uniqueness loss": {"prism.unique": 0.0},
+        "no synergy loss": {"prism.synergy": 0.0},
+        "no redundancy loss": {"prism.redundancy": 0.0},
+    }
+    search_space = {
+        "train.lr": (3e-4, 3e-3, "log"),
+        "prism.width": [64, 256],
+        "prism.dropout": (0.2, 0.6),
+        "prism.unique": [0.05, 0.1, 0.2],
+        "prism.synergy": [0.05, 0.1, 0.2],
+        "prism.redundancy": [0.05, 0.1, 0.2, 0.5],
+    }
+
+    def __init__(self, config: Config, catalogue: Any = None) -> None:
+        super().__init__()
+        own, n_items = config.prism, config.n_items(catalogue)
+        widths, d = config.modality_widths(catalogue), config.prism.width
+        self.own, self.window = own, config.data.max_history
+        # row 0 fills the empty slots of a window: random, and it never learns
+        self.items = nn.Embedding(n_items + 1, d, padding_idx=0)
+        self.features = nn.ModuleList(
+            nn.Embedding(n_items + 1, width, padding_idx=0) for width in widths
+        )
+        self.project = nn.ModuleList(nn.Linear(width, d) for width in widths)
+        self.positions = Positions(self.window, d, from_end=True)
+        self.experts = Experts(len(widths), d, own.expert)
+        self.gate = Gate(len(widths) + 2, d, own.gate_dropout, own.temperature)
+        self.norm = nn.LayerNorm(d, eps=1e-12)
+        self.dropout = nn.Dropout(own.dropout)
+        self.blocks = nn.ModuleList(
+            PostNormBlock(d, own.heads, 4 * d, own.dropout, 0.0) for _ in range(own.layers)
+        )
+        self.bipartite = SparseGraph()  # who took what in train, for the negatives
+        init_weights(self)
+        for table in (self.items, *self.features):
+            nn.init.normal_(table.weight, std=0.02)
+
+    @torch.no_grad()
+    def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
+        """Feature tables and train interactions. Raises ValueError without features."""
+        features, present = item_features("PRISM", data.catalogue)
+        for m, (table, rows) in enumerate(zip(self.features, features, strict=True)):
+            noise = _NOISE_OF_MISSING * torch.randn(rows.shape, generator=generator)
+            table.weight[1:] = torch.where(present[:, m, None], rows, noise).to(table.weight)
+        self.bipartite.fill(interaction_edges(data.train), (data.n_users, data.n_items))
+
+    # ----------------------------------------------------------------- network
+
+    def encode(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The state after each position [B, T, d], and the losses of the experts."""
+        present = batch.items > 0
+        ids = self.items(batch.items)
+        content = [
+            project(table(batch.items))
+            for table, project in zip(self.features, self.project, strict=True)
+        ]
+        mixture, losses = self._mixture(ids, content, present)
+        x = ids + mixture + sum(content) + self.positions(batch.lengths, batch.items.shape[1])
+        x = self.dropout(self.norm(x))
+        for block in self.blocks:
+            x = block(x)
+        return x, losses
+
+    def _mixture(
+        self, ids: Tensor, content: list[Tensor], present: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """e_m of each window [B, 1, d], or of each position [B, T, d] with causal pooling."""
+        empty_id = self.items.weight[0].detach()
+        empty = [
+            project(table.weight[0].detach())
+            for table, project in zip(self.features, self.project, strict=True)
+        ]
+        pooled = [self._pooled(x, e, present) for x, e in zip(content, empty, strict=True)]
+        which = present if self.own.pooling == "causal" else torch.ones_like(present[:, :1])
+        views, losses = self.experts([x[which] for x in pooled], with_losses=self.training)
+        mixed = self.gate(views, self._pooled(ids, empty_id, present)[which])  # [P, d]
+        weights = {name: getattr(self.own, name) for name in losses}
+        mixture = mixed.new_zeros(*which.shape, mixed.shape[1])
+        mixture = mixture.masked_scatter(which[:, :, None], mixed)
+        return mixture, {name: weights[name] * loss for name, loss in losses.items()}
+
+    def _pooled(self, x: Tensor, empty: Tensor, present: Tensor) -> Tensor:
+        """Mean of [B, T, d] over the window, empty slots at `empty` [d]: [B, 1, d]; or the running
+        mean over the items so far, [B, T, d]."""
+        x = x * present[:, :, None]
+        if self.own.pooling == "causal":
+            return x.cumsum(1) / present.cumsum(1).clamp(min=1)[:, :, None]
+        absent = self.window - present.sum(1)[:, None, None]
+        return (x.sum(1, keepdim=True) + absent * empty) / self.window
+
+    # ----------------------------------------------------------------- losses and scores
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """BCE of the next item against a random one (or softmax), and the experts' losses."""
+        states, losses = self.encode(batch)
+        wanted = batch.targets > 0
+        states, targets = states[wanted], batch.targets[wanted]  # [P, d], [P]
+        if self.own.objective == "softmax":
+            item = item_cross_entropy(states, self.items.weight[1:], targets - 1)
+        else:
+            users = batch.users[:, None].expand_as(wanted)[wanted]
+            negatives = draw_negatives(self.bipartite, users) + 1
+            good = (states * self.items(targets)).sum(1)
+            bad = (states * self.items(negatives)).sum(1)
+            item = (F.softplus(-good) + F.softplus(bad)).mean()
+        return {"item": item} | losses
+
+    def score(self, batch: Batch) -> Tensor:
+        """[B, N] dot products of the last state with the item embeddings."""
+        states, _ = self.encode(batch)
+        return at_last(states, batch.lengths) @ self.items.weight[1:].T
+
+
+class Experts(nn.Module):
+    """One expert for what is unique to each modality, one for synergy, one for redundancy."""
+
+    def __init__(self, n_modalities: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(n_modalities * width, inner), nn.GELU(), nn.Linear(inner, width)
+            )
+            for _ in range(n_modalities + 2)
+        )
+
+    def forward(
+        self, inputs: list[Tensor], with_losses: bool = True
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Summaries [P, d] of M modalities -> outputs of M + 2 experts, and their losses.
+
+        A loss compares an expert's output with what it says when one modality is replaced by
+        noise, which is drawn anew for every expert and modality.
+        """
+        whole = [expert(torch.cat(inputs, dim=1)) for expert in self.experts]
+        if not with_losses:
+            return whole, {}
+        broken = [
+            [expert(torch.cat(_with_noise(inputs, m), dim=1)) for m in range(len(inputs))]
+            for expert in self.experts
+        ]
+        unique = sum(_uniqueness(whole[m], broken[m], m) for m in range(len(inputs)))
+        synergy = _mean_cosine(whole[-2], broken[-2])
+        redundancy = 1 - _mean_cosine(whole[-1], broken[-1])
+        return whole, {"unique": unique, "synergy": synergy, "redundancy": redundancy}
+
+
+class Gate(nn.Module):
+    """Weights of the experts from their outputs and the mean item embedding; their mixture."""
+
+    def __init__(self, n_experts: int, width: int, dropout: float, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.layers = nn.Sequential(
+            nn.Linear((n_experts + 1) * width, 2 * width), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(2 * width, n_experts),
+        )  # fmt: skip
+
+    def forward(self, views: list[Tensor], ids: Tensor) -> Tensor:
+        """Expert outputs and mean IDs, [P, d] each -> [P, d]."""
+        logits = self.layers(torch.cat([*views, ids], dim=1))
+        weights = torch.softmax(logits / self.temperature, dim=1)
+        return torch.einsum("pj,jpd->pd", weights, torch.stack(views))
+
+
+def _with_noise(inputs: list[Tensor], m: int) -> list[Tensor]:
+    """The inputs with the m-th replaced by N(0, 1) noise."""
+    return [*inputs[:m], torch.randn_like(inputs[m]), *inputs[m + 1 :]]
+
+
+def _uniqueness(whole: Tensor, broken: list[Tensor], m: int) -> Tensor:
+    """Closer to what remains without the others than to what remains without modality m: triplets
+    max(0, d(whole, without another) - d(whole, without m) + 1), mean over the others."""
+    others = broken[:m] + broken[m + 1 :]
+    if not others:
+        return whole.new_zeros(())
+    far = F.pairwise_distance(whole, broken[m], eps=_EPS)
+    near = [F.pairwise_distance(whole, other, eps=_EPS) for other in others]
+    return sum(F.relu(d - far + _MARGIN).mean() for d in near) / len(others)
+
+
+def _mean_cosine(whole: Tensor, broken: list[Tensor]) -> Tensor:
+    return sum(F.cosine_similarity(whole, other, dim=1).mean() for other in broken) / len(broken)
