@@ -362,6 +362,12 @@ class PMAT(Recommender):
         """How the users of a batch see items after their whole histories."""
         return View(_at(self.contexts(batch), batch.lengths), batch.users)
 
+    @torch.no_grad()
+    def modality_weights_of(self, batch: Batch) -> Tensor | None:
+        """alpha of each user, mean over items, [B, M]; missing modalities count 0."""
+        rows = torch.arange(len(self.counts), device=self.counts.device)
+        return self.modality_weights(self.view(batch), rows).mean(2).T
+
     def ids(self, points: Tensor, rows: Tensor) -> Tensor:
         """Codes of items under blends, both [P] -> [P, L]."""
         return torch.cat([self.shared_codes[rows], self.atlas[points, rows]], dim=1)
