@@ -174,7 +174,7 @@ def write_full(folder: Path, task: Task, latest: Path | None = None) -> list[Tab
                 [(folder / "ablation_bars.png", "What each ablation changes in NDCG@10.")]),
         Section("Contrastive learning (MCRL)", [], comparison,
                 [(folder / "mcrl_losses.png", "Weighted parts of the loss of the joint model.")]),
-        Section("Hyper-parameter search", [], search, _all(folder / SEARCH, "hyper_*.png", _TRIALS)),
+        Section("Search", [], search, _all(folder / SEARCH, "hyper_*.png", _TRIALS)),
         Section("Semantic IDs", [], [ids] if ids else [], _all(folder, "id_space_*.png", _SPACE)),
         Section("Modality weights", [], [], _all(folder, "modality_weights_*.png", _WEIGHTS)),
         Section("Drift of interest", [], [], _all(folder, "drift_timeline_*.png", _DRIFT)),

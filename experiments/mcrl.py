@@ -7,18 +7,21 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from config import Config
 from experiments import plots, report
 from experiments.modes import conduct, model_jobs, run_jobs
 from experiments.requests import Request
 from experiments.runs import BEST, Task, load_task, run
-from experiments.tables import Table
+from experiments.tables import Column, Table, write_table
 from metrics import paired_bootstrap
 from util import atomic_path, write_json
 
 logger = getLogger("pmat")
 ALONE, JOINT = "pmat", "pmat_mcrl"
 # model -> how its checkpoint is called
+_SHOWN = ("recall@10", "ndcg@10")
 CHECKPOINTS = {ALONE: "MCRL_Exp_PMAT_only", JOINT: "MCRL_Exp_PMAT_MCRL_joint"}
 
 
@@ -67,7 +70,34 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
         f"\nNDCG@10 of PMAT+MCRL minus PMAT: {compared['difference']:+.4f} "
         f"(95 % interval {compared['low']:+.4f} to {compared['high']:+.4f})"
     )
-    return []
+    table = _table(found, runs, compared)
+    write_table(table, folder)
+    return [table]
+
+
+def _table(
+    found: dict[str, report.Entry], runs: list[report.Run], compared: dict[str, float]
+) -> Table:
+    rows = [
+        {
+            "model": model,
+            **{name: found[model].users(name.split("@")[0]).mean() for name in _SHOWN},
+            **(compared if model == JOINT else {}),
+        }
+        for model in CHECKPOINTS
+    ]
+    columns = [
+        Column("model", "Model", "s"), *(Column(name, name, best=1) for name in _SHOWN),
+        Column("difference", "Δ NDCG@10", "+.4f"), Column("low", "low", "+.4f"),
+        Column("high", "high", "+.4f"), Column("p_value", "p", ".3f"),
+    ]  # fmt: skip
+    note = (
+        "Means over seeds; best bold, second underlined; Δ with a 95 % interval and p: paired "
+        "bootstrap over users, one comparison."
+    )
+    title = "PMAT alone and with MCRL"
+    caption = f"{report.protocol(runs)} {note}"
+    return Table("mcrl_comparison", title, caption, columns, pd.DataFrame(rows))
 
 
 def _copy_weights(runs: list[report.Run], checkpoints: Path, folder: Path) -> None:

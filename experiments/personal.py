@@ -169,9 +169,9 @@ def write_semantic_ids(
 
 
 def extreme_users(model: Recommender, histories: Sequences, config: Config) -> np.ndarray:
-    """Those who weigh each modality most, USERS_PER_MODALITY of each; the first few without weights.
+    """Those who weigh each modality most, USERS_PER_MODALITY of each, modalities taking turns.
 
-    Modalities take turns, so the first M users are one of each.
+    The first few users for a model without such weights.
     """
     users = np.flatnonzero(histories.lengths > 0)
     weights = modality_weights(model, histories, users, config)
