@@ -21,8 +21,8 @@ MODES = {
 # What a mode makes of its folder after training, and mode report again: (folder, task, latest).
 WRITERS = {
     "quick": "experiments.report:show",
-    "baseline": "experiments.report:write_baseline",
-    "ablation": "experiments.report:write_ablation",
+    "baseline": "experiments.results:write_baseline",
+    "ablation": "experiments.results:write_ablation",
     "hyper": "experiments.hyper:write_hyper",
     "mcrl": "experiments.mcrl:write_comparison",
     "full": "experiments.full:write_full",

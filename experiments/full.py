@@ -16,14 +16,15 @@ import pandas as pd
 import torch
 
 from config import MODE_MODELS, Config, ConfigError
-from experiments import mcrl, plots, report
+from experiments import mcrl, plots, report, results
 from experiments.case_study import case_tables, write_case_study
 from experiments.document import Section, write_document
 from experiments.efficiency import latencies
-from experiments.hyper import import_optuna, search_and_test, write_hyper
+from experiments.hyper import search_and_test, write_hyper
 from experiments.modes import ablation_jobs, conduct, model_jobs, run_jobs
 from experiments.requests import Request, read_request
 from experiments.runs import MODELS, Task, list_length, load_task, model_class, prepare_model
+from experiments.search import import_optuna
 from experiments.tables import Column, Table, write_table
 from metrics import latency_summary
 from util import Stopwatch, UserError, pick_device, rank, seed_everything, write_json
@@ -146,10 +147,10 @@ def size_table(rows: list[dict[str, Any]]) -> Table:
 
 def write_full(folder: Path, task: Task, latest: Path | None = None) -> list[Table]:
     """All tables and figures of all parts, and report.html and report.md around them."""
-    baseline = report.write_baseline(folder, task, latest)
+    baseline = results.write_baseline(folder, task, latest)
     if not baseline:
         return []
-    ablations = report.write_ablation(folder, task, latest)
+    ablations = results.write_ablation(folder, task, latest)
     comparison = mcrl.write_comparison(folder, task, latest)
     (folder / SEARCH).mkdir(exist_ok=True)
     search = write_hyper(folder / SEARCH, task, latest)

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from util import atomic_path
 
@@ -60,6 +61,14 @@ def save(figure: Figure, path: Path) -> None:
         with atomic_path(path.parent / f"{path.name}.{ending}") as temporary:
             figure.savefig(temporary, format=ending, dpi=200, metadata=metadata)
     plt.close(figure)
+
+
+def _hide_rest(axes: np.ndarray, used: int) -> None:
+    """Hide the panels after the first `used`; the ones above them then carry the x-axis."""
+    for index, axis in enumerate(axes.ravel()):
+        axis.set_visible(index < used)
+        if index + axes.shape[1] >= used:
+            axis.tick_params(labelbottom=True)
 
 
 # --------------------------------------------------------------------------- results
@@ -155,8 +164,8 @@ def learning_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None
             best = values.argmax()
             axis.plot(epochs[best], values[best], "o", color=COLOURS[1], markersize=5)
             axis.set_title(f"{model}: {values[best]:.4f}")
-        for axis in flat[len(lines) :]:
-            axis.set_visible(False)
+        _hide_rest(axes, len(lines))
+        flat[0].xaxis.set_major_locator(MaxNLocator(integer=True))
         flat[0].set_ylim(bottom=0)
         figure = flat[0].figure
         figure.supxlabel("epoch (dot: the one that is kept)", fontsize=9)
@@ -177,10 +186,12 @@ def loss_curves(epochs: list[dict[str, Any]], path: Path) -> None:
             axis = axes.ravel()[index]
             style = {"color": COLOURS[index % 7], "linestyle": DASHES[index % 7]}
             values = [row["parts"][name] for row in epochs]
-            axis.plot([row["epoch"] for row in epochs], values, **style)
+            marker = MARKERS[index % 7] if len(epochs) < 20 else ""
+            numbers = [row["epoch"] for row in epochs]
+            axis.plot(numbers, values, marker=marker, markersize=3.5, **style)
             axis.set_title(name)
-        for axis in axes.ravel()[len(names) :]:
-            axis.set_visible(False)
+        _hide_rest(axes, len(names))
+        axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].figure.supxlabel("epoch", fontsize=9)
         axes[0, 0].figure.supylabel("weighted loss", fontsize=9)
 
@@ -207,6 +218,10 @@ def latency_curves(rows: list[dict[str, Any]], path: Path) -> None:
                 )  # fmt: skip
             axis.set_xscale("log")
             axis.set_yscale("log")
+            axis.set_xticks(sorted(frame["items"].unique()))
+            axis.minorticks_off()
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.legend(frameon=False, handlelength=3)
         axes[0, 0].set_ylabel("median latency of one user, ms")
         axes[0, 0].figure.supxlabel("items in the catalogue", fontsize=9)
@@ -234,7 +249,7 @@ def search_history(trials: pd.DataFrame, path: Path) -> None:
         )  # fmt: skip
         axis.set_xlabel("trial")
         axis.set_ylabel("valid NDCG@10")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(frameon=False)
 
 
@@ -263,8 +278,7 @@ def search_slices(trials: pd.DataFrame, logarithmic: list[str], path: Path) -> N
     ):
         for axis, name in zip(axes.ravel(), names, strict=False):
             _slice(axis, trials, name, name in logarithmic)
-        for axis in axes.ravel()[len(names) :]:
-            axis.set_visible(False)
+        _hide_rest(axes, len(names))
         axes[0, 0].figure.supylabel("valid NDCG@10", fontsize=9)
 
 

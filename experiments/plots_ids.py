@@ -35,11 +35,11 @@ def weight_distribution(frame: pd.DataFrame, path: Path) -> None:
             parts = {group: frame[name][members] for group, members in groups.items()}
             _boxes(axes[0, column], list(parts.values()), list(parts))
             axes[0, column].set_title(f"weight of {name}")
+            axes[0, column].set_xlabel("planted leader of the user")
             _against_plant(axes[1, column], frame[PLANTED + name], frame[name])
             axes[1, column].set_xlabel(f"planted weight of {name}")
         axes[0, 0].set_ylabel("learned weight")
         axes[1, 0].set_ylabel("learned weight")
-        axes[0, 0].figure.supxlabel("top: by the planted leader of the user", fontsize=8)
 
 
 def _planted_groups(frame: pd.DataFrame, names: list[str]) -> dict[str, pd.Series]:
@@ -59,7 +59,7 @@ def _boxes(axis: Axes, values: list[pd.Series], names: list[str]) -> None:
         box.set_facecolor(COLOURS[index % len(COLOURS)] + "66")
     axis.set_ylim(0, 1)
     axis.grid(axis="x", visible=False)
-    axis.tick_params(axis="x", length=0, rotation=30 if len(names) > 3 else 0)
+    axis.tick_params(axis="x", length=0, rotation=30 if len(names) > 4 else 0)
 
 
 def _against_plant(axis: Axes, planted: pd.Series, learned: pd.Series) -> None:
@@ -87,29 +87,46 @@ def drift_timeline(frame: pd.DataFrame, path: Path) -> None:
 
 
 def _around_planted_drift(frame: pd.DataFrame, path: Path) -> None:
-    """Weight of the modality that led before and of the one that leads after, mean over users."""
+    """Weight of the modality that led before and of the one that leads after, mean over users.
+
+    Beside it the users who never drift, around half of their history: their leader and another.
+    """
     length = frame.groupby("user_id")["step"].transform("max")
     drifters = frame[frame["planted step"] >= 0]
-    others = frame[(frame["planted step"] < 0) & (length >= 4)]
-    others = others.assign(**{"planted step": (length[others.index] / 2).round()})
-    panels = {"users who drift": drifters, "users who never drift (at half their history)": others}
+    others = frame[frame["planted step"] < 0]
+    names = _modalities(frame)
+    another = dict(zip(names, names[1:] + names[:1], strict=True))
+    others = others.assign(
+        **{
+            "planted step": (length[others.index] / 2).round(),
+            "planted after": others["planted before"].map(another),
+        }
+    )
+    panels = (
+        ("users who drift", drifters, "items since the drift", ("led before", "leads after")),
+        ("users who never drift", others, "items since half of the history", ("leads", "another")),
+    )
     with drawing(path, 1, 2, (WIDTH, 2.7), sharey=True) as axes:
-        for axis, (title, part) in zip(axes[0], panels.items(), strict=True):
-            n_users = part["user_id"].nunique()
-            axis.set_title(f"{title}, n = {n_users}")
-            if n_users:
-                _mean_lines(axis, part)
+        for axis, (title, part, unit, labels) in zip(axes[0], panels, strict=True):
+            axis.set_title(f"{title}, n = {part['user_id'].nunique()}")
+            if len(part):
+                _mean_lines(axis, part, labels)
+                axis.legend(frameon=False, handlelength=3)
             axis.axvline(0, color="black", linewidth=0.8)
-            axis.set_xlabel("items since the drift")
+            axis.set_xlabel(unit)
+        axes[0, 0].set_ylim(0, 1)
         axes[0, 0].set_ylabel("learned weight, mean over users")
-        axes[0, 0].legend(frameon=False, handlelength=3)
 
 
-def _mean_lines(axis: Axes, part: pd.DataFrame) -> None:
+def _modalities(frame: pd.DataFrame) -> list[str]:
+    return [c for c in frame if c not in ("user_id", "step") and not c.startswith(PLANTED)]
+
+
+def _mean_lines(axis: Axes, part: pd.DataFrame, labels: tuple[str, str]) -> None:
     relative = (part["step"] - part["planted step"]).astype(int)
     part = part.assign(relative=relative)[relative.abs() <= AROUND]
-    lines = {"led before": "planted before", "leads after": "planted after"}
-    for index, (label, column) in enumerate(lines.items()):
+    columns = ("planted before", "planted after")
+    for index, (label, column) in enumerate(zip(labels, columns, strict=True)):
         own = part[column].to_numpy()
         weights = part.assign(
             weight=[row[name] for name, row in zip(own, part.to_dict("records"), strict=True)]
@@ -127,8 +144,7 @@ def _mean_lines(axis: Axes, part: pd.DataFrame) -> None:
 
 
 def _largest_moves(frame: pd.DataFrame, path: Path, n_users: int = 3) -> None:
-    known = ("user_id", "step", "planted step", "planted before", "planted after")
-    names = [c for c in frame if c not in known]
+    names = _modalities(frame)
     spread = frame.groupby("user_id")[names].agg(lambda w: w.max() - w.min()).max(axis=1)
     movers = spread.sort_values(ascending=False).index[:n_users]
     with drawing(path, 1, len(movers), (WIDTH * len(movers) / 3, 2.4), sharey=True) as axes:

@@ -70,7 +70,7 @@ def _column_cells(frame: pd.DataFrame, column: Column) -> list[Cell]:
     texts = [_shown(value, column.form) for value in values]
     places = _places(texts, values, column.best)
     return [
-        Cell(text, _shown(deviation, column.form, ""), mark or "", place)
+        Cell(text, _shown(deviation, column.form, ""), mark if isinstance(mark, str) else "", place)
         for text, deviation, mark, place in zip(texts, deviations, marks, places, strict=True)
     ]
 
