@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,10 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
     for place in _places(folder, latest):
         write_table(main, place)
         write_json(place / "baseline_results.json", content)
-        plots.metric_bars(_bars(found), place / "baseline_top10_metrics")
+    plots.metric_bars(_bars(found), folder / "baseline_top10_metrics")
+    if latest is not None:
+        for figure in folder.glob("baseline_top10_metrics.*"):
+            shutil.copy(figure, latest)
     for table in tables[1:]:
         write_table(table, folder)
     curves = {entry.model: entry.epochs() for entry in found}

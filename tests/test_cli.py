@@ -54,7 +54,7 @@ def test_quick_writes_a_run_folder_and_prints_a_table(quick, tmp_path, capsys, m
     assert result["model"] == model and result["seed"] == 42
     assert set(result["dataset"]) == {"name", "users", "items", "interactions"}
     assert result["dataset"]["users"] == 60
-    assert result["protocol"] == {"mask_seen": True, "tie_policy": "file"}
+    assert result["protocol"]["mask_seen"] is True and result["protocol"]["tie_policy"] == "file"
     wanted = {f"{name}@{k}" for name in ("recall", "ndcg") for k in (5, 10, 20)}
     wanted |= {"mrr", "hit_rate@10"}
     assert wanted <= set(result["valid"]) and wanted <= set(result["test"])
