@@ -18,7 +18,9 @@ import torch
 from config import Config, build_config
 from config import keys as all_keys
 from data_utils import load_dataset, split_dataset
+from experiments import plots, plots_ids
 from experiments.runs import Task
+from experiments.training import Trainer
 
 torch.set_num_threads(1)
 
@@ -89,6 +91,40 @@ def small_flags() -> list[str]:
         part for key, value in small().items() if key != "train.epochs"
         for part in ("--set", f"{key}={value}")
     ]  # fmt: skip
+
+
+@pytest.fixture
+def mode_flags(tmp_path, small_flags) -> list[str]:
+    folders = [f"--{name}_dir={tmp_path / name}" for name in ("save", "log", "data")]
+    return ["--epochs", "1", *folders, *small_flags]
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The folder of every training that is started, in order."""
+    started, fit = [], Trainer.fit
+    monkeypatch.setattr(
+        Trainer, "fit", lambda self: (started.append(self.folder.name), fit(self))[1]
+    )
+    return started
+
+
+@pytest.fixture
+def fast_figures(monkeypatch) -> None:
+    """Figures are drawn, but not rendered: empty files stand for them."""
+
+    def save(figure, path):
+        for ending in ("pdf", "png"):
+            (path.parent / f"{path.name}.{ending}").touch()
+
+    monkeypatch.setattr(plots, "save", save)
+    monkeypatch.setattr(plots_ids, "_tsne", lambda digits, seed: np.zeros((len(digits), 2)))
+
+
+@pytest.fixture(scope="session")
+def newest() -> Callable[[Path], Path]:
+    """`newest(tmp_path)` -> the newest run folder below `save`."""
+    return lambda place: max(path for path in (place / "save").iterdir() if path.is_dir())
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import plots, plots_ids, runs
+from experiments import runs
 from experiments.groups import user_groups
 from experiments.personal import IDS, TIMELINE, WEIGHTS, extreme_users
 from experiments.report import entries, read_runs
@@ -23,38 +23,6 @@ from main import main
 from metrics import Ranks, paired_bootstrap, per_user
 
 TWO = {"no shared digits": {"pmat.shared_digits": 0}, "even weights": {"pmat.personalised": "none"}}
-
-
-@pytest.fixture
-def flags(tmp_path, small_flags) -> list[str]:
-    folders = [f"--{name}_dir={tmp_path / name}" for name in ("save", "log", "data")]
-    return ["--epochs", "1", *folders, *small_flags]
-
-
-@pytest.fixture
-def trained(monkeypatch) -> list[str]:
-    """The folder of every training that is started, in order."""
-    started, fit = [], Trainer.fit
-    monkeypatch.setattr(
-        Trainer, "fit", lambda self: (started.append(self.folder.name), fit(self))[1]
-    )
-    return started
-
-
-@pytest.fixture
-def fast_figures(monkeypatch) -> None:
-    """Figures are drawn, but not rendered: empty files stand for them."""
-
-    def save(figure, path):
-        for ending in ("pdf", "png"):
-            (path.parent / f"{path.name}.{ending}").touch()
-
-    monkeypatch.setattr(plots, "save", save)
-    monkeypatch.setattr(plots_ids, "_tsne", lambda digits, seed: np.zeros((len(digits), 2)))
-
-
-def newest(tmp_path: Path) -> Path:
-    return max(path for path in (tmp_path / "save").iterdir() if path.is_dir())
 
 
 # --------------------------------------------------------------------------- tables
@@ -125,7 +93,7 @@ def test_latex_is_well_formed(table):
 
 
 @pytest.fixture(scope="module")
-def baseline_folder(tmp_path_factory, small_flags) -> Path:
+def baseline_folder(tmp_path_factory, small_flags, newest) -> Path:
     """A finished baseline of a model without training, one with digits and ours; two seeds."""
     place = tmp_path_factory.mktemp("baseline")
     folders = [f"--{name}_dir={place / name}" for name in ("save", "log", "data")]
@@ -134,17 +102,19 @@ def baseline_folder(tmp_path_factory, small_flags) -> Path:
     return newest(place)
 
 
-def test_every_model_trains_when_none_is_named(flags, tmp_path, trained, monkeypatch, fast_figures):
+def test_every_model_trains_when_none_is_named(
+    mode_flags, tmp_path, trained, monkeypatch, fast_figures
+):
     for name in list(MODELS):
         if name not in ("popularity", "sasrec"):
             monkeypatch.delitem(runs.MODELS, name)
-    assert main(["--mode", "baseline", *flags, "--seeds", "3"]) == 0
+    assert main(["--mode", "baseline", *mode_flags, "--seeds", "3"]) == 0
     expected = [f"{name}_seed{seed}" for name in ("popularity", "sasrec") for seed in (42, 43, 44)]
     assert sorted(trained) == expected
 
 
-def test_resume_trains_only_what_is_missing(flags, tmp_path, trained, fast_figures):
-    arguments = ["--mode", "baseline", "--model", "popularity,sasrec", "--seeds", "2", *flags]
+def test_resume_trains_only_what_is_missing(mode_flags, tmp_path, trained, fast_figures, newest):
+    arguments = ["--mode", "baseline", "--model", "popularity,sasrec", "--seeds", "2", *mode_flags]
     assert main(arguments) == 0
     folder = newest(tmp_path)
     shutil.rmtree(folder / "sasrec_seed43")  # as if it had been killed before that run
@@ -306,13 +276,15 @@ def test_groups_of_data_without_features_or_truth(task):
 # --------------------------------------------------------------------------- ablation
 
 
-def test_ablations_are_compared_with_their_full_model(flags, tmp_path, trained, monkeypatch):
+def test_ablations_are_compared_with_their_full_model(
+    mode_flags, tmp_path, trained, monkeypatch, newest
+):
     monkeypatch.setattr(model_class("pmat"), "ablations", TWO)
-    assert main(["--mode", "ablation", "--model", "pmat", *flags]) == 0
+    assert main(["--mode", "ablation", "--model", "pmat", *mode_flags]) == 0
     assert trained == ["pmat_seed42", "pmat--no-shared-digits_seed42", "pmat--even-weights_seed42"]
     folder = newest(tmp_path)
     table = pd.read_csv(folder / "ablation_results.csv").set_index("variant")
-    assert list(table.index)[0] == "full model" and set(table.index[1:]) == set(TWO)
+    assert table.index[0] == "full model" and set(table.index[1:]) == set(TWO)
     full, other = (
         per_user(load_ranks(folder / name / "ranks.npz", True), "ndcg", 10)
         for name in ("pmat_seed42", "pmat--even-weights_seed42")
@@ -330,22 +302,24 @@ def test_ablations_are_compared_with_their_full_model(flags, tmp_path, trained, 
 
 
 def test_any_model_with_a_declared_dictionary_can_be_ablated(
-    flags, tmp_path, trained, monkeypatch, fast_figures
+    mode_flags, tmp_path, trained, monkeypatch, fast_figures, newest
 ):
     monkeypatch.setattr(model_class("sasrec"), "ablations", {"one layer": {"sasrec.layers": 1}})
-    assert main(["--mode", "ablation", "--model", "sasrec", "--seeds", "2", *flags]) == 0
+    assert main(["--mode", "ablation", "--model", "sasrec", "--seeds", "2", *mode_flags]) == 0
     assert len(trained) == 4
     table = pd.read_csv(newest(tmp_path) / "ablation_results.csv")
     assert (table["seeds"] == 2).all() and len(table) == 2
 
 
-def test_a_model_without_ablations_is_refused_in_one_line(flags, tmp_path, capsys):
-    assert main(["--mode", "ablation", "--model", "popularity", *flags]) == 2
+def test_a_model_without_ablations_is_refused_in_one_line(mode_flags, tmp_path, capsys):
+    assert main(["--mode", "ablation", "--model", "popularity", *mode_flags]) == 2
     assert "declares no ablations" in capsys.readouterr().err
     assert not (tmp_path / "save").exists()
 
 
-def test_an_ablation_that_crashes_is_left_out(flags, tmp_path, monkeypatch, capsys, fast_figures):
+def test_an_ablation_that_crashes_is_left_out(
+    mode_flags, tmp_path, monkeypatch, capsys, fast_figures, newest
+):
     monkeypatch.setattr(model_class("pmat"), "ablations", TWO)
     fit = Trainer.fit
 
@@ -355,7 +329,7 @@ def test_an_ablation_that_crashes_is_left_out(flags, tmp_path, monkeypatch, caps
         fit(trainer)
 
     monkeypatch.setattr(Trainer, "fit", broken)
-    assert main(["--mode", "ablation", "--model", "pmat", *flags]) == 1
+    assert main(["--mode", "ablation", "--model", "pmat", *mode_flags]) == 1
     assert "pmat (even weights) failed: out of memory" in capsys.readouterr().err
     table = pd.read_csv(newest(tmp_path) / "ablation_results.csv")
     assert set(table["variant"]) == {"full model", "no shared digits"}
