@@ -287,7 +287,13 @@ MODE_MODELS: dict[str, tuple[str, ...]] = {"ablation": ("pmat", "pmat_mcrl"), "h
 # By mode and data set; these beat the presets of data sets and models.
 MODE_DATA_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     # everything in half an hour on two cores
-    ("full", "mock"): {"mock.n_users": 300, "mock.n_items": 300, "hyper.trials": 6},
+    ("full", "mock"): {
+        "mock.n_users": 200,
+        "mock.n_items": 200,
+        "hyper.trials": 6,
+        "full.sizes": "200,800,3200",
+        "full.size_seconds": 5.0,
+    },
 }
 
 # By the name of the data set (its folder, or `mock`).

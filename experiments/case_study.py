@@ -13,7 +13,7 @@ import torch
 import our_models
 from config import Config
 from experiments.personal import batch_of, extreme_users, modality_weights
-from experiments.report import Entry
+from experiments.report import Entry, protocol
 from experiments.runs import BEST, Task, load_model
 from experiments.tables import Column, Table
 from model_parts.base import Recommender, mask_items
@@ -34,7 +34,8 @@ def write_case_study(found: list[Entry], task: Task, folder: Path) -> None:
         histories = task.split.train_and_valid
         users = extreme_users(model, histories, config)[: config.full.case_users]
         if len(users) and modality_weights(model, histories, users, config) is not None:
-            write_json(folder / CASES, _cases(model, config, task, users))
+            said = {"protocol": protocol(entry.runs[:1])}
+            write_json(folder / CASES, said | _cases(model, config, task, users))
             return
 
 
@@ -96,7 +97,7 @@ def case_tables(folder: Path) -> list[Table]:
     if not path.exists():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
-    said = f"Model {content['model']}, first seed; the users who weigh each modality most."
+    said = f"{content['protocol']} Model {content['model']}, users who weigh each modality most."
     tables = [_user_table(content, said)]
     if content["item"]:
         tables.append(_id_table(content, said))
@@ -143,7 +144,8 @@ def _id_table(content: dict[str, Any], said: str) -> Table:
         Column("user", "User", "s"), Column("digits", "Digits of the ID", "s"),
         Column("differs", "Digits unlike the first user's", "d"),
     ]  # fmt: skip
-    note = f"{said} The item whose IDs differ most among them: {_name([star['item']], 0)}."
+    name = _name([star["item"]], 0)
+    note = f"{said} The item whose IDs differ most among them: {name}. Nothing is bold."
     return Table("case_ids", "One item, several users", note, columns, pd.DataFrame(rows))
 
 

@@ -23,7 +23,7 @@ from experiments.efficiency import latencies
 from experiments.hyper import search_and_test, write_hyper
 from experiments.modes import ablation_jobs, conduct, model_jobs, run_jobs
 from experiments.requests import Request, read_request
-from experiments.runs import MODELS, Task, list_length, load_task, model_class, prepare_model
+from experiments.runs import MODELS, Task, list_length, load_task, model_class, stage_one
 from experiments.search import import_optuna
 from experiments.tables import Column, Table, write_table
 from metrics import latency_summary
@@ -86,7 +86,7 @@ def _sizes_of(config: Config, task: Task, tasks: dict[int, Task]) -> list[dict[s
             device = pick_device(config.run.device)
             seed_everything(config.run.seed)
             model = model_class(config.run.model)(config, tasks[size].dataset.catalogue).to(device)
-            prepare_model(model, tasks[size], config)
+            stage_one(model, tasks[size], config)
             prepared = watch.seconds
             users, histories = tasks[size].split.test.users, tasks[size].split.train_and_valid
             with torch.inference_mode():

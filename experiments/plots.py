@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from util import atomic_path
 
@@ -35,7 +35,7 @@ STYLE = {
     "pdf.fonttype": 42, "lines.linewidth": 1.4,
 }  # fmt: skip
 WIDTH = 7.0  # inches, the text width of a page
-MAX_CATALOGUES = 6  # distinct lines of one panel that can still be told apart
+MAX_LINES = 6  # of one panel that can still be told apart
 
 
 @contextlib.contextmanager
@@ -202,14 +202,17 @@ def loss_curves(epochs: list[dict[str, Any]], path: Path) -> None:
 def latency_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Median latency of one request against the number of items, both on log scales.
 
-    rows: `model`, `items`, `p50_ms`. Panels of MAX_CATALOGUES models, slowest first.
+    rows: `model`, `items`, `p50_ms`. Panels of at most MAX_LINES models, slowest first.
     """
     frame = pd.DataFrame(rows)
     order = frame.groupby("model")["p50_ms"].max().sort_values(ascending=False).index.tolist()
-    panels = [order[i : i + MAX_CATALOGUES] for i in range(0, len(order), MAX_CATALOGUES)]
-    size = (max(3.4, WIDTH * len(panels) / 3), 2.8)
-    with drawing(path, 1, len(panels), size, sharex=True, sharey=True) as axes:
-        for axis, models in zip(axes[0], panels, strict=True):
+    n_panels = -(-len(order) // MAX_LINES)
+    panels = [part.tolist() for part in np.array_split(order, n_panels)]
+    columns = min(2, n_panels)
+    n_rows = -(-n_panels // columns)
+    size = (WIDTH * columns / 2, 0.3 + 3.1 * n_rows)
+    with drawing(path, n_rows, columns, size, sharex=True, sharey=True) as axes:
+        for axis, models in zip(axes.ravel(), panels, strict=False):
             for index, model in enumerate(models):
                 part = frame[frame["model"] == model].sort_values("items")
                 axis.plot(
@@ -222,8 +225,12 @@ def latency_curves(rows: list[dict[str, Any]], path: Path) -> None:
             axis.minorticks_off()
             axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.legend(frameon=False, handlelength=3)
-        axes[0, 0].set_ylabel("median latency of one user, ms")
+            axis.legend(
+                frameon=False, handlelength=3, ncols=2, loc="lower center",
+                bbox_to_anchor=(0.5, 1.0),
+            )  # fmt: skip
+        _hide_rest(axes, len(panels))
+        axes[0, 0].figure.supylabel("median latency of one user, ms", fontsize=9)
         axes[0, 0].figure.supxlabel("items in the catalogue", fontsize=9)
 
 
@@ -280,6 +287,10 @@ def search_slices(trials: pd.DataFrame, logarithmic: list[str], path: Path) -> N
             _slice(axis, trials, name, name in logarithmic)
         _hide_rest(axes, len(names))
         axes[0, 0].figure.supylabel("valid NDCG@10", fontsize=9)
+        axes[0, 0].figure.legend(
+            *axes[0, 0].get_legend_handles_labels(), frameon=False, ncols=2,
+            loc="outside upper right",
+        )  # fmt: skip
 
 
 def _slice(axis: Axes, trials: pd.DataFrame, name: str, logarithmic: bool) -> None:
@@ -287,7 +298,11 @@ def _slice(axis: Axes, trials: pd.DataFrame, name: str, logarithmic: bool) -> No
         trials = trials.assign(**{name: trials[name].astype(str)})
     for state, marker, colour in (("COMPLETE", "o", COLOURS[0]), ("PRUNED", "x", COLOURS[1])):
         part = trials[(trials["state"] == state) & trials["value"].notna()]
-        axis.scatter(part[name], part["value"], marker=marker, color=colour, s=18)
+        label = state.lower()
+        axis.scatter(part[name], part["value"], marker=marker, color=colour, s=18, label=label)
     if logarithmic:
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     axis.set_xlabel(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from experiments.personal import PLANTED
 from experiments.plots import COLOURS, DASHES, GREY, MARKERS, WIDTH, drawing
@@ -14,6 +15,7 @@ from experiments.plots import COLOURS, DASHES, GREY, MARKERS, WIDTH, drawing
 LEADS = 0.5  # planted weight from which a modality counts as the user's leader
 MAX_CATEGORIES = 6
 MAX_POINTS = 3000  # of a t-SNE
+SETTLED = 5  # items from which a user's weights are more than noise
 AROUND = 8  # steps shown on each side of a planted drift
 
 
@@ -144,8 +146,10 @@ def _mean_lines(axis: Axes, part: pd.DataFrame, labels: tuple[str, str]) -> None
 
 
 def _largest_moves(frame: pd.DataFrame, path: Path, n_users: int = 3) -> None:
+    """All weights of the users whose weights range most once they have settled."""
     names = _modalities(frame)
-    spread = frame.groupby("user_id")[names].agg(lambda w: w.max() - w.min()).max(axis=1)
+    settled = frame[frame["step"] >= SETTLED] if (frame["step"] >= SETTLED).any() else frame
+    spread = settled.groupby("user_id")[names].agg(lambda w: w.max() - w.min()).max(axis=1)
     movers = spread.sort_values(ascending=False).index[:n_users]
     with drawing(path, 1, len(movers), (WIDTH * len(movers) / 3, 2.4), sharey=True) as axes:
         for axis, user in zip(axes[0], movers, strict=True):
@@ -169,7 +173,7 @@ def id_space(ids: pd.DataFrame, categories: dict[str, str], path: Path, seed: in
     """t-SNE of semantic IDs under the share of differing digits.
 
     Left: items under the ID without a user, by category. Right, where IDs depend on the user: the
-    same map with one item's ID for several users, the item whose IDs differ most.
+    framed part of that map, with one item's ID for several users, the item whose IDs differ most.
     ids: the columns of `semantic_ids.csv`; categories: item_id -> label, may be empty.
     """
     ids = ids.assign(user_id=ids["user_id"].fillna("").astype(str))
@@ -186,6 +190,9 @@ def id_space(ids: pd.DataFrame, categories: dict[str, str], path: Path, seed: in
         _by_category(axes[0, 0], points[: len(common)], labels)
         if len(shown):
             _one_item(axes[0, 1], points, len(common), shown, star)
+            (left, right), (low, high) = axes[0, 1].get_xlim(), axes[0, 1].get_ylim()
+            frame = Rectangle((left, low), right - left, high - low, fill=False, linewidth=0.8)
+            axes[0, 0].add_patch(frame)
         for axis in axes[0]:
             axis.set_xticks([])
             axis.set_yticks([])
@@ -193,10 +200,14 @@ def id_space(ids: pd.DataFrame, categories: dict[str, str], path: Path, seed: in
 
 
 def _most_personal(personal: pd.DataFrame) -> str | None:
-    """The item with the most different IDs; the first of those."""
+    """The item whose IDs differ in most digits, mean over users against the first one."""
     if personal.empty:
         return None
-    return personal.groupby("item_id", sort=False)["digits"].nunique().idxmax()
+    differing = {}
+    for item, texts in personal.groupby("item_id", sort=False)["digits"]:
+        codes = np.array([text.split() for text in texts])
+        differing[item] = (codes != codes[:1]).mean()
+    return max(differing, key=differing.__getitem__)
 
 
 def _tsne(digits: pd.Series, seed: int) -> np.ndarray:
@@ -234,12 +245,18 @@ def _by_category(axis: Axes, points: np.ndarray, labels: list[str]) -> None:
 def _one_item(
     axis: Axes, points: np.ndarray, n_common: int, shown: pd.DataFrame, star: str | None
 ) -> None:
-    axis.scatter(*points[:n_common].T, s=7, color="#cccccc", linewidths=0)
+    axis.scatter(*points[:n_common].T, s=12, color="#bbbbbb", linewidths=0)
+    own = points[n_common:]
+    half = max(0.6 * np.ptp(own, axis=0).max(), 0.08 * np.ptp(points, axis=0).max())
+    middle = (own.max(0) + own.min(0)) / 2
+    axis.set_xlim(middle[0] - half, middle[0] + half)
+    axis.set_ylim(middle[1] - half, middle[1] + half)
     users = list(shown["user_id"])
-    for index, (user, point) in enumerate(zip(users, points[n_common:], strict=True)):
+    for index, (user, point) in enumerate(zip(users, own, strict=True)):
         axis.scatter(
-            *point, s=55, color=COLOURS[index % 7], marker=MARKERS[index % 7], edgecolor="black",
-            linewidth=0.6, label=f"user {user}", zorder=3,
+            *point, s=110 - 70 * index / len(users), color=COLOURS[index % 7],
+            marker=MARKERS[index % 7], edgecolor="black", linewidth=0.6, label=f"user {user}",
+            zorder=3 + index,
         )  # fmt: skip
     axis.set_title(f"item {star} as different users have it")
     axis.legend(

@@ -117,7 +117,9 @@ def train(
     )
     if not trainer.resume():
         watch = Stopwatch()
-        prepare_model(model, task, config)
+        stage_one(model, task, config)
+        if world_size() > 1:  # all processes go on from the weights and codes of the first
+            model.load_state_dict(from_first(model.state_dict()))
         trainer.progress.prepare_seconds = watch.seconds
         seed_everything(stream_seed(config.run.seed, "train", rank()))
     trainer.fit()
@@ -160,16 +162,17 @@ def load_model(folder: Path, catalogue: Any) -> tuple[Recommender, Config]:
     return model.eval(), config
 
 
-def prepare_model(model: Recommender, task: Task, config: Config) -> None:
-    """Stage one. The held-out sets are not handed over, so no model can look at them."""
+def stage_one(model: Recommender, task: Task, config: Config) -> None:
+    """`prepare` with what it may see: the held-out sets are not handed over.
+
+    Raises UserError for data the model cannot work with.
+    """
     train, catalogue = task.split.train, task.dataset.catalogue
     data = TrainingData(train, catalogue, train.n_users, catalogue.n_items)
     try:
         model.prepare(data, torch_generator(config.run.seed, "prepare"))
     except ValueError as error:
         raise UserError(f"{model.name}: {error}") from error
-    if world_size() > 1:  # all processes go on from the weights and codes of the first
-        model.load_state_dict(from_first(model.state_dict()))
 
 
 def _result(
