@@ -115,7 +115,8 @@ def group_table(found: list[Entry], task: Task) -> Table:
     columns += [Column(f"{entry.model} difference", f"Δ {entry.model}", "+.4f") for entry in ours]
     note = (
         f"NDCG@10, mean over seeds; Δ against {best.model}; * its 95 % interval (paired bootstrap "
-        "over the users of the group, not corrected for the number of groups) leaves out 0."
+        "over the users of the group, not corrected for the number of groups) leaves out 0. "
+        "Nothing is bold."
     )
     runs = [run for entry in [best, *ours] for run in entry.runs]
     return Table(

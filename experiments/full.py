@@ -35,7 +35,9 @@ SEARCH, SIZES = "hyper", "latency_by_size.json"
 
 def full(request: Request) -> int:
     """Baselines, ablations, MCRL, search, speed, case study, report; returns failed runs."""
-    import_optuna()  # a missing package is better said before hours of training
+    # mistakes are better said before hours of training
+    import_optuna()
+    sizes(request.config())
     return conduct(request, request.models(tuple(MODELS)), train_everything)
 
 

@@ -5,6 +5,7 @@ Everything runs on one thread: sums then come out in the same order, and equal m
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from config import Config, build_config
 from config import keys as all_keys
 from data_utils import load_dataset, split_dataset
-from experiments import plots, plots_ids
+from experiments import efficiency, plots, plots_ids
 from experiments.runs import Task
 from experiments.training import Trainer
 
@@ -110,15 +111,25 @@ def trained(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def fast_figures(monkeypatch) -> None:
-    """Figures are drawn, but not rendered: empty files stand for them."""
+def fast_outputs(monkeypatch) -> None:
+    """Figures are drawn but not rendered, speed is measured on few calls: for other questions."""
+    make_outputs_fast(monkeypatch)
+
+
+def make_outputs_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for a fixture of a wider scope."""
+    pixel = base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
+        "rkJggg=="
+    )
 
     def save(figure, path):
-        for ending in ("pdf", "png"):
-            (path.parent / f"{path.name}.{ending}").touch()
+        (path.parent / f"{path.name}.pdf").touch()
+        (path.parent / f"{path.name}.png").write_bytes(pixel)
 
     monkeypatch.setattr(plots, "save", save)
     monkeypatch.setattr(plots_ids, "_tsne", lambda digits, seed: np.zeros((len(digits), 2)))
+    monkeypatch.setattr(efficiency, "CALLS", {1: 2, 64: 1})
 
 
 @pytest.fixture(scope="session")

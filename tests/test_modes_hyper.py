@@ -30,7 +30,7 @@ SPACE = {
 
 
 @pytest.fixture(autouse=True)
-def _small_search(monkeypatch, fast_figures):
+def _small_search(monkeypatch, fast_outputs):
     monkeypatch.setattr(model_class("sasrec"), "search_space", SPACE)
     monkeypatch.setattr(search, "POLL_SECONDS", 0.01)
 
@@ -94,6 +94,7 @@ def test_more_trials_are_added_to_a_study(flags, tmp_path, trained, newest):
     assert not [params for params in after[4:] if params in before], "no trial is drawn twice"
 
 
+@pytest.mark.slow
 def test_the_same_seed_searches_the_same_way(flags, tmp_path, newest):
     assert main(flags) == 0
     first = newest(tmp_path)
@@ -159,6 +160,7 @@ def asked(flags: list[str], **more: object) -> Request:
     return Request(dict(pairs) | {"run.model": "sasrec", "hyper.trials": 3} | more, {}, None)
 
 
+@pytest.mark.slow
 def test_another_process_can_help(flags, tmp_path, newest, monkeypatch, trained, capsys):
     assert main(flags) == 0
     folder = newest(tmp_path)
@@ -224,6 +226,7 @@ def test_pruning_reaches_through_the_loop(tmp_path, tiny, task):
     assert len((tmp_path / "epochs.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_trial_that_crashes_counts_and_the_others_go_on(
     flags, tmp_path, monkeypatch, newest, capsys
 ):

@@ -103,7 +103,7 @@ def baseline_folder(tmp_path_factory, small_flags, newest) -> Path:
 
 
 def test_every_model_trains_when_none_is_named(
-    mode_flags, tmp_path, trained, monkeypatch, fast_figures
+    mode_flags, tmp_path, trained, monkeypatch, fast_outputs
 ):
     for name in list(MODELS):
         if name not in ("popularity", "sasrec"):
@@ -113,7 +113,7 @@ def test_every_model_trains_when_none_is_named(
     assert sorted(trained) == expected
 
 
-def test_resume_trains_only_what_is_missing(mode_flags, tmp_path, trained, fast_figures, newest):
+def test_resume_trains_only_what_is_missing(mode_flags, tmp_path, trained, fast_outputs, newest):
     arguments = ["--mode", "baseline", "--model", "popularity,sasrec", "--seeds", "2", *mode_flags]
     assert main(arguments) == 0
     folder = newest(tmp_path)
@@ -161,7 +161,7 @@ def test_models_are_tested_against_the_best_baseline(baseline_folder):
 
 
 def test_report_rebuilds_the_same_tables_without_training(
-    baseline_folder, tmp_path, monkeypatch, capsys, fast_figures
+    baseline_folder, tmp_path, monkeypatch, capsys, fast_outputs
 ):
     copy = tmp_path / "copy"
     shutil.copytree(baseline_folder, copy)
@@ -302,7 +302,7 @@ def test_ablations_are_compared_with_their_full_model(
 
 
 def test_any_model_with_a_declared_dictionary_can_be_ablated(
-    mode_flags, tmp_path, trained, monkeypatch, fast_figures, newest
+    mode_flags, tmp_path, trained, monkeypatch, fast_outputs, newest
 ):
     monkeypatch.setattr(model_class("sasrec"), "ablations", {"one layer": {"sasrec.layers": 1}})
     assert main(["--mode", "ablation", "--model", "sasrec", "--seeds", "2", *mode_flags]) == 0
@@ -318,7 +318,7 @@ def test_a_model_without_ablations_is_refused_in_one_line(mode_flags, tmp_path, 
 
 
 def test_an_ablation_that_crashes_is_left_out(
-    mode_flags, tmp_path, monkeypatch, capsys, fast_figures, newest
+    mode_flags, tmp_path, monkeypatch, capsys, fast_outputs, newest
 ):
     monkeypatch.setattr(model_class("pmat"), "ablations", TWO)
     fit = Trainer.fit
