@@ -32,8 +32,10 @@ def write_case_study(found: list[Entry], task: Task, folder: Path) -> None:
             continue
         model, config = load_model(place, task.dataset.catalogue)
         histories = task.split.train_and_valid
-        users = extreme_users(model, histories, config)[: config.full.case_users]
-        if len(users) and modality_weights(model, histories, users, config) is not None:
+        users = np.flatnonzero(histories.lengths > 0)
+        weights = modality_weights(model, histories, users, config)
+        if weights is not None:
+            users = extreme_users(users, weights)[: config.full.case_users]
             said = {"protocol": protocol(entry.runs[:1])}
             write_json(folder / CASES, said | _cases(model, config, task, users))
             return

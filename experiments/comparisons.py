@@ -29,11 +29,12 @@ def baseline_table(found: list[Entry]) -> Table:
     frame = frame.sort_values("ndcg@10", ascending=False, kind="stable", ignore_index=True)
     note = (
         f"Means{' ± standard deviations over seeds' if frame['seeds'].max() > 1 else ''}; best "
-        "bold, second underlined"
+        "bold, second underlined."
     )
     if len(found) > 1:
+        role = " (the best baseline)" if best.model in baseline_models.MODELS else ""
         note += (
-            f"; * NDCG@10 differs from that of {best.model} (the best baseline) at p < "
+            f" * NDCG@10 differs from that of {best.model}{role} at p < "
             f"{SIGNIFICANT} (paired bootstrap over users, Holm)."
         )
     columns = [Column("model", "Model", "s"), *(_metric(c) for c in COLUMNS)]

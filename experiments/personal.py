@@ -24,6 +24,7 @@ PLANTED = "planted "  # columns of the true weights on mock
 QUALITY_USERS = 32  # whose codes the ID metrics look at
 QUALITY_NUMBERS = 20_000_000  # digits of users and items held at once: fewer users beyond
 TIMELINE_USERS = 200  # of those who drift and of the others, whose weights are followed
+MAX_PERSONAL_ROWS = 500_000  # of semantic_ids.csv
 USERS_PER_MODALITY = 2  # whose personal IDs are written: those who weigh that modality most
 
 
@@ -117,48 +118,70 @@ def _without_newest(histories: Sequences) -> Sequences:
 
 
 @torch.inference_mode()
-def write_modality_weights(
+def write_personal(
     folder: Path, model: Recommender, dataset: Dataset, histories: Sequences, config: Config
 ) -> None:
-    """`modality_weights.csv`: user_id and one column per modality, mean over items, of all users.
+    """`modality_weights.csv`, `semantic_ids.csv` and `modality_timeline.csv` of a trained model.
 
-    On mock also `planted <modality>`, the true weights in force at the end of the history.
+    A model without modality weights or without semantic IDs leaves the files out.
     """
     model.eval()
     users = np.flatnonzero(histories.lengths > 0)
     weights = modality_weights(model, histories, users, config)
+    if weights is not None:
+        _write_csv(_weights_frame(dataset, users, weights), folder / WEIGHTS)
+        _write_csv(_timeline_frame(model, dataset, histories, config), folder / TIMELINE)
+    codes = model.item_ids()
+    if codes is not None:
+        blocks = {"": codes.cpu().numpy()}
+        blocks |= _personal_ids(model, dataset, histories, config, extreme_users(users, weights))
+        _write_ids(folder / IDS, dataset, blocks)
+
+
+def extreme_users(users: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Those who weigh each modality most, USERS_PER_MODALITY of each, modalities taking turns.
+
+    weights [E, M] of these users [E]; the first few users without weights.
+    """
     if weights is None:
-        return
+        return users[:USERS_PER_MODALITY]
+    order = np.argsort(-weights, axis=0, kind="stable")[:USERS_PER_MODALITY]
+    return users[list(dict.fromkeys(order.ravel().tolist()))]
+
+
+def _write_csv(frame: pd.DataFrame, target: Path) -> None:
+    with atomic_path(target) as path:
+        frame.to_csv(path, index=False, float_format="%.5f")
+
+
+def _weights_frame(dataset: Dataset, users: np.ndarray, weights: np.ndarray) -> pd.DataFrame:
+    """user_id and one column per modality, mean over items.
+
+    On mock also `planted <modality>`, the true weights in force at the end of the history.
+    """
     names = list(dataset.catalogue.modalities)
     frame = pd.DataFrame(weights, columns=names)
     frame.insert(0, "user_id", dataset.user_ids[users])
     if dataset.truth is not None:
-        planted = [PLANTED + name for name in names]
-        frame[planted] = dataset.truth.drifted_weights[users]
-    with atomic_path(folder / WEIGHTS) as path:
-        frame.to_csv(path, index=False, float_format="%.5f")
+        frame[[PLANTED + name for name in names]] = dataset.truth.drifted_weights[users]
+    return frame
 
 
-@torch.inference_mode()
-def write_semantic_ids(
-    folder: Path, model: Recommender, dataset: Dataset, histories: Sequences, config: Config
-) -> None:
-    """`semantic_ids.csv`: item_id, user_id, digits separated by blanks.
-
-    An empty user_id is the ID without a user. Where IDs depend on the user, those of the users who
-    weigh each modality most follow.
-    """
-    model.eval()
-    everybody = model.item_ids()
-    if everybody is None:
-        return
-    blocks = {"": everybody.cpu().numpy()}
-    users = extreme_users(model, histories, config)
+def _personal_ids(
+    model: Recommender, dataset: Dataset, histories: Sequences, config: Config, users: np.ndarray
+) -> dict[str, np.ndarray]:
+    """user_id -> codes [N, L] of these users; nothing where IDs are the same for all."""
+    users = users[: MAX_PERSONAL_ROWS // dataset.catalogue.n_items]
     codes = _codes(model, histories, users, config) if len(users) else None
-    if codes is not None and codes.ndim == 3:
-        blocks |= dict(zip(dataset.user_ids[users].tolist(), codes, strict=True))
+    if codes is None or codes.ndim == 2:
+        return {}
+    return dict(zip(dataset.user_ids[users].tolist(), codes, strict=True))
+
+
+def _write_ids(target: Path, dataset: Dataset, blocks: dict[str, np.ndarray]) -> None:
+    """item_id, user_id (empty: the ID without a user), digits separated by blanks."""
     with (
-        atomic_path(folder / IDS) as path,
+        atomic_path(target) as path,
         open(path, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
@@ -168,63 +191,40 @@ def write_semantic_ids(
                 writer.writerow([item, user, " ".join(map(str, digits))])
 
 
-def extreme_users(model: Recommender, histories: Sequences, config: Config) -> np.ndarray:
-    """Those who weigh each modality most, USERS_PER_MODALITY of each, modalities taking turns.
-
-    The first few users for a model without such weights.
-    """
-    users = np.flatnonzero(histories.lengths > 0)
-    weights = modality_weights(model, histories, users, config)
-    if weights is None:
-        return users[:USERS_PER_MODALITY]
-    order = np.argsort(-weights, axis=0, kind="stable")[:USERS_PER_MODALITY]
-    return users[list(dict.fromkeys(order.ravel().tolist()))]
-
-
-@torch.inference_mode()
-def write_timeline(
-    folder: Path, model: Recommender, dataset: Dataset, histories: Sequences, config: Config
-) -> None:
-    """`modality_timeline.csv`: weights after every step of the longest histories.
+def _timeline_frame(
+    model: Recommender, dataset: Dataset, histories: Sequences, config: Config
+) -> pd.DataFrame:
+    """Weights after each of the newest steps of the longest histories.
 
     user_id, step (items seen), one column per modality; on mock also `planted step` (-1: the user
     never drifts), and the modality that leads before and after it.
     """
-    model.eval()
     names, truth = list(dataset.catalogue.modalities), dataset.truth
     users = _longest(histories, None if truth is None else truth.drift_steps)
-    steps = [histories.of(user) for user in users]
-    owners = np.repeat(users, [len(items) for items in steps])
-    if not len(owners) or not names:
-        return
-    prefixes = [items[: t + 1] for items in steps for t in range(len(items))]
-    lengths = np.array([len(prefix) for prefix in prefixes])
-    items = np.concatenate(prefixes)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    every = Sequences(items, offsets, np.zeros(len(items), np.int64))
-    weights = modality_weights(model, every, np.arange(len(owners)), config, owners)
-    if weights is None:
-        return
+    window = config.data.max_history
+    ends = [np.arange(max(1, n - window + 1), n + 1) for n in histories.lengths[users]]
+    steps, owners = np.concatenate(ends), np.repeat(users, [len(part) for part in ends])
+    parts = [histories.of(u)[max(0, t - window) : t] for u, t in zip(owners, steps, strict=True)]
+    items = np.concatenate(parts)
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    prefixes = Sequences(items, offsets, np.zeros(len(items), np.int64))
+    weights = modality_weights(model, prefixes, np.arange(len(owners)), config, owners)
     frame = pd.DataFrame(weights, columns=names)
     frame.insert(0, "user_id", dataset.user_ids[owners])
-    frame.insert(1, "step", lengths)
+    frame.insert(1, "step", steps)
     if truth is not None:
         leaders = np.array(names)
         frame["planted step"] = truth.drift_steps[owners]
         frame["planted before"] = leaders[truth.user_weights[owners].argmax(1)]
         frame["planted after"] = leaders[truth.drifted_weights[owners].argmax(1)]
-    with atomic_path(folder / TIMELINE) as path:
-        frame.to_csv(path, index=False, float_format="%.5f")
+    return frame
 
 
 def _longest(histories: Sequences, drift_steps: np.ndarray | None) -> np.ndarray:
-    """Users with the longest histories: half of them drifters where that is known."""
+    """Users with the longest histories: as many drifters as others where that is known."""
     order = np.argsort(-histories.lengths, kind="stable")
     order = order[histories.lengths[order] > 0]
     if drift_steps is None:
         return order[:TIMELINE_USERS]
     drifts = drift_steps[order] >= 0
     return np.concatenate([order[drifts][:TIMELINE_USERS], order[~drifts][:TIMELINE_USERS]])
-
-
-WRITERS = (write_modality_weights, write_semantic_ids, write_timeline)

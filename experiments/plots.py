@@ -177,6 +177,8 @@ def loss_curves(epochs: list[dict[str, Any]], path: Path) -> None:
 
     epochs are the rows of `epochs.jsonl`.
     """
+    if not epochs:
+        return
     names = list(epochs[0]["parts"])
     columns = min(len(names), 3)
     n_rows = -(-len(names) // columns)

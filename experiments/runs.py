@@ -142,8 +142,7 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     }
     if rank() == 0:
         _save_ranks(folder / RANKS, found, task)
-        for write in personal.WRITERS:
-            write(folder, model, task.dataset, histories, config)
+        personal.write_personal(folder, model, task.dataset, histories, config)
         write_json(folder / METRICS, result)
         (folder / LATEST).unlink(missing_ok=True)
     return result

@@ -110,26 +110,31 @@ def trained(monkeypatch) -> list[str]:
     return started
 
 
-@pytest.fixture
-def fast_outputs(monkeypatch) -> None:
+@pytest.fixture(scope="session")
+def make_outputs_fast() -> Callable[[pytest.MonkeyPatch], None]:
     """Figures are drawn but not rendered, speed is measured on few calls: for other questions."""
+
+    def make(monkeypatch: pytest.MonkeyPatch) -> None:
+        pixel = base64.b64decode(
+            "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
+            "rkJggg=="
+        )
+
+        def save(figure, path):
+            (path.parent / f"{path.name}.pdf").touch()
+            (path.parent / f"{path.name}.png").write_bytes(pixel)
+
+        monkeypatch.setattr(plots, "save", save)
+        monkeypatch.setattr(plots_ids, "_tsne", lambda digits, seed: np.zeros((len(digits), 2)))
+        monkeypatch.setattr(efficiency, "CALLS", {1: 2, 64: 1})
+
+    return make
+
+
+@pytest.fixture
+def fast_outputs(monkeypatch, make_outputs_fast) -> None:
+    """`make_outputs_fast` for one test."""
     make_outputs_fast(monkeypatch)
-
-
-def make_outputs_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same for a fixture of a wider scope."""
-    pixel = base64.b64decode(
-        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
-        "rkJggg=="
-    )
-
-    def save(figure, path):
-        (path.parent / f"{path.name}.pdf").touch()
-        (path.parent / f"{path.name}.png").write_bytes(pixel)
-
-    monkeypatch.setattr(plots, "save", save)
-    monkeypatch.setattr(plots_ids, "_tsne", lambda digits, seed: np.zeros((len(digits), 2)))
-    monkeypatch.setattr(efficiency, "CALLS", {1: 2, 64: 1})
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,6 @@ from experiments.runs import METRICS, load_model, model_class
 from experiments.tables import Column, Table
 from experiments.training import Trainer
 from main import main
-from tests.conftest import make_outputs_fast
 
 pytest.importorskip("optuna")
 ROOT = Path(__file__).parent.parent
@@ -52,7 +51,7 @@ def flags(mode_flags, monkeypatch) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, small_flags) -> Path:
+def finished(tmp_path_factory, small_flags, make_outputs_fast) -> Path:
     """The folder of a finished mode full."""
     place = tmp_path_factory.mktemp("full")
     folders = [f"--{name}_dir={place / name}" for name in ("save", "log", "data")]

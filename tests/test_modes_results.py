@@ -14,7 +14,7 @@ import torch
 
 from experiments import runs
 from experiments.groups import user_groups
-from experiments.personal import IDS, TIMELINE, WEIGHTS, extreme_users
+from experiments.personal import IDS, TIMELINE, WEIGHTS, extreme_users, modality_weights
 from experiments.report import entries, read_runs
 from experiments.runs import MODELS, Task, load_model, load_ranks, model_class
 from experiments.tables import Column, Table, cells, html, latex, markdown
@@ -209,7 +209,9 @@ def test_weights_and_ids_are_those_of_the_model(baseline_folder, task):
     assert weights[["planted visual", "planted text"]].to_numpy() == pytest.approx(truth, abs=1e-4)
 
     ids = pd.read_csv(place / IDS, keep_default_na=False)
-    users = extreme_users(model, histories, config)
+    everybody = np.arange(60)
+    found = modality_weights(model, histories, everybody, config)
+    users = extreme_users(everybody, found)
     leaders = weights["visual"].nlargest(2).index.tolist()
     assert set(leaders) <= set(task.dataset.user_ids[users])
     assert set(ids["user_id"]) == {"", *task.dataset.user_ids[users]}
