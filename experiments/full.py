@@ -23,7 +23,7 @@ from experiments.efficiency import latencies
 from experiments.hyper import search_and_test, write_hyper
 from experiments.modes import ablation_jobs, conduct, model_jobs, run_jobs
 from experiments.requests import Request, read_request
-from experiments.runs import MODELS, Task, list_length, load_task, model_class, stage_one
+from experiments.runs import METRICS, MODELS, Task, list_length, load_task, model_class, stage_one
 from experiments.search import import_optuna
 from experiments.tables import Column, Table, write_table
 from metrics import latency_summary
@@ -53,7 +53,11 @@ def train_everything(request: Request, task: Task, folder: Path) -> list[Path]:
     searched = searched or [n for n in names if model_class(n).search_space][:1]
     if searched:
         narrow = request._replace(flags=request.flags | {"run.model": ",".join(searched)})
-        failed += search_and_test(narrow, task, folder / SEARCH)
+        try:
+            failed += search_and_test(narrow, task, folder / SEARCH)
+        except UserError as error:  # such as a space that the command leaves nothing of
+            logger.error("search: %s", error)
+            failed.append(folder / SEARCH)
     if rank() == 0:
         measure_sizes(request, names, task, folder)
         write_case_study(report.entries(report.read_runs(folder)), task, folder)
@@ -95,7 +99,7 @@ def _sizes_of(config: Config, task: Task, tasks: dict[int, Task]) -> list[dict[s
                 found = latencies(
                     model, histories, users, config, device, list_length(tasks[size]), 1
                 )
-        except (UserError, ValueError, RuntimeError) as error:
+        except Exception as error:  # one model must not cost the others their place
             logger.warning("%s with %d items: %s", config.run.model, size, error)
             break
         logger.info("%s, %d items: %.2f ms", config.run.model, size, 1000 * np.median(found))
@@ -233,4 +237,4 @@ def _how_it_was_made(folder: Path) -> Section:
 
 
 def _is_unfinished(place: Path) -> bool:
-    return (place / "config.yaml").exists() and not (place / "metrics.json").exists()
+    return "_seed" in place.name and not (place / METRICS).exists()

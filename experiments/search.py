@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Iterator
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,6 @@ from util import Stopwatch, UserError, claim, from_first, rank, stream_seed
 logger = getLogger("pmat")
 STUDY, LOCK = "study.db", "lock"
 POLL_SECONDS = 2.0  # between looks at the trials of other processes
-NEWBORN_SECONDS = 60.0  # a trial this young may not have its folder yet
 
 
 class Pruned(Exception):
@@ -63,10 +61,12 @@ def open_study(folder: Path, model: str) -> Any:
 
 
 def address(folder: Path) -> str:
+    """Where the studies of a folder are, as optuna writes it."""
     return f"sqlite:///{(folder / STUDY).resolve()}"
 
 
 def best_changes(folder: Path, model: str) -> dict[str, Any] | None:
+    """The settings of the finished trial with the best valid NDCG@10; None without one."""
     trials = [t for t in open_study(folder, model).trials if t.state.name == "COMPLETE"]
     return max(trials, key=lambda t: t.value).params if trials else None
 
@@ -85,7 +85,7 @@ class Search:
         self.space = {k: v for k, v in model_class(model).search_space.items() if k not in asked}
         if not self.space:
             raise UserError(f"{model}: every setting of its search space is fixed by the command.")
-        self.study, self.trial = None, None
+        self.study = self.trial = self.lock = None  # the first process has them
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self.study = open_study(folder, model)
@@ -110,34 +110,42 @@ class Search:
 
     def _next(self) -> Proposal | str:
         """The next trial, or "others" when the last ones are in other hands, or "done"."""
-        self._revive()
-        trials = self.study.get_trials(deepcopy=False)
-        states = [trial.state.name for trial in trials]
-        taken = {trial.user_attrs.get("place") for trial in trials} - {None}
-        if "WAITING" in states or len(taken) < self.config.hyper.trials:
-            return self._propose()
+        with self._alone():
+            self._revive()
+            trials = self.study.get_trials(deepcopy=False)
+            states = [trial.state.name for trial in trials]
+            taken = {trial.user_attrs.get("place") for trial in trials} - {None}
+            if "WAITING" in states or len(taken) < self.config.hyper.trials:
+                return self._propose()
         return "others" if "RUNNING" in states else "done"
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only one process at a time looks for a trial, so none is taken twice."""
+        path = self.folder / f"{STUDY}.{LOCK}"
+        path.touch()
+        while (lock := claim(path)) is None:
+            time.sleep(0.05)
+        with lock:
+            yield
 
     def _revive(self) -> None:
         """Trials whose process has died wait again, with their folder and so their checkpoint."""
         for trial in self.study.get_trials(deepcopy=False):
-            if trial.state.name != "RUNNING":
-                continue
-            place = trial.user_attrs.get("place")
-            if place is None or not (self.folder / place).exists():
-                age = (datetime.now() - trial.datetime_start).total_seconds()
-                if age < NEWBORN_SECONDS:
-                    continue
-            else:
-                lock = claim(self.folder / place / LOCK)
-                if lock is None:
-                    continue
-                lock.close()
-            state = import_optuna().trial.TrialState
-            with contextlib.suppress(ValueError, RuntimeError):  # another process was faster
-                self.study.tell(trial.number, state=state.FAIL)
+            if trial.state.name == "RUNNING" and self._is_dead(trial):
+                self.study.tell(trial.number, state=import_optuna().trial.TrialState.FAIL)
                 kept = {k: v for k, v in trial.user_attrs.items() if k in ("place", "preset")}
                 self.study.enqueue_trial(trial.params, user_attrs=kept)
+
+    def _is_dead(self, trial: Any) -> bool:
+        """Whether nobody holds the lock of a running trial, or it never got one."""
+        place = trial.user_attrs.get("place")
+        if place is None or not (self.folder / place).exists():
+            return True
+        lock = claim(self.folder / place / LOCK)
+        if lock:
+            lock.close()
+        return lock is not None
 
     def _propose(self) -> Proposal:
         trial = self.trial = self.study.ask()
@@ -173,6 +181,7 @@ class Search:
             state = "PRUNED"
             logger.info("pruned")
         except (Stopped, KeyboardInterrupt):
+            self._release()
             raise
         except Exception as error:
             state = "FAIL"
@@ -182,11 +191,15 @@ class Search:
             self._tell(value, state, watch.seconds)
             for name in (LATEST, BEST):  # the best settings are trained anew
                 (place / name).unlink(missing_ok=True)
-            self.lock.close()
+            self._release()
 
     def _tell(self, value: float | None, state: str, seconds: float) -> None:
         self.trial.set_user_attr("seconds", seconds)
         self.study.tell(self.trial, value, getattr(import_optuna().trial.TrialState, state))
+
+    def _release(self) -> None:
+        if self.lock:
+            self.lock.close()
 
     def _watcher(self) -> Callable[[list[dict[str, Any]]], None]:
         """Reports every epoch's valid NDCG@10 once and raises Pruned where the study says so."""
@@ -236,4 +249,5 @@ def _suggest(trial: Any, key: str, space: Any) -> Any:
 
 
 def short(value: Any) -> str:
+    """A setting in few characters."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

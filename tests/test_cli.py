@@ -297,5 +297,5 @@ def test_help_names_every_flag(capsys):
     printed = capsys.readouterr().out
     for flag in ("mode", "dataset", "model", "epochs", "batch_size", "lr", "device", "seed",
                  "save_dir", "log_dir", "config", "set", "seeds", "resume", "data_dir", "amp",
-                 "num_workers"):  # fmt: skip
+                 "num_workers", "trials", "from"):  # fmt: skip
         assert f"--{flag}" in printed
