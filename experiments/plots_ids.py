@@ -247,7 +247,7 @@ def _one_item(
 ) -> None:
     axis.scatter(*points[:n_common].T, s=12, color="#bbbbbb", linewidths=0)
     own = points[n_common:]
-    half = max(0.6 * np.ptp(own, axis=0).max(), 0.08 * np.ptp(points, axis=0).max())
+    half = max(0.6 * np.ptp(own, axis=0).max(), 0.08 * np.ptp(points, axis=0).max(), 1e-6)
     middle = (own.max(0) + own.min(0)) / 2
     axis.set_xlim(middle[0] - half, middle[0] + half)
     axis.set_ylim(middle[1] - half, middle[1] + half)
