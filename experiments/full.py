@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from config import MODE_MODELS, Config, ConfigError
+from config import MODE_MODELS, Config, ConfigError, dataset_name
 from experiments import mcrl, plots, report, results
 from experiments.case_study import case_tables, write_case_study
 from experiments.document import Section, write_document
 from experiments.efficiency import latencies
 from experiments.hyper import search_and_test, write_hyper
 from experiments.modes import ablation_jobs, conduct, model_jobs, run_jobs
-from experiments.requests import Request, read_request
+from experiments.requests import MAY_CHANGE, Request, read_request
 from experiments.runs import METRICS, MODELS, Task, list_length, load_task, model_class, stage_one
 from experiments.search import import_optuna
 from experiments.tables import Column, Table, write_table
@@ -219,7 +219,9 @@ def _size_rows(folder: Path) -> list[dict[str, Any]]:
 def _how_it_was_made(folder: Path) -> Section:
     """Protocol, settings of the command, machine, and how to repeat it."""
     runs, stored = report.read_runs(folder), read_request(folder)
-    asked = stored.overlay | stored.flags
+    asked = {k: v for k, v in (stored.overlay | stored.flags).items() if k not in MAY_CHANGE}
+    if "data.dataset" in asked:  # a report goes to others: no path of this machine
+        asked["data.dataset"] = dataset_name(asked["data.dataset"])
     machine = runs[0].result["environment"]
     failed = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and _is_unfinished(p)]
     text = [
