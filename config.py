@@ -41,7 +41,7 @@ def setting(default: Any, note: str) -> Any:
 # --------------------------------------------------------------------------- run, data, training
 
 MOCK_DIMS = {"visual": 32, "text": 48, "audio": 16}
-MODES = ("quick", "baseline")
+MODES = ("quick", "baseline", "ablation", "hyper", "mcrl", "full", "report")
 
 
 @dataclass
@@ -53,6 +53,8 @@ class Run:
     device: str = choice("auto", ("auto", "cpu", "cuda"), "auto takes a GPU when there is one")
     seed: int = number(42, 0, 2**31 - 1, "first random seed")
     seeds: int = number(1, 1, 100, "runs per model, with seeds seed, seed+1, ...")
+    label: str = setting("", "what tables call the run; mode ablation sets it (empty: the model)")
+    source: str = setting("", "mode report: the run folder whose tables and figures to rebuild")
     save_dir: str = setting("./results", "folder of the run folders")
     log_dir: str = setting("./logs", "folder of experiment.log")
 
@@ -117,6 +119,24 @@ class Train:
     num_workers: int = number(0, 0, 64, "0 builds batches in the loop, more prefetches in a thread")
     checkpoint_minutes: float = number(10.0, 0.0, 1e6, "minutes between checkpoints in an epoch")
     tensorboard: bool = setting(False, "also write TensorBoard events (needs the package)")
+
+
+@dataclass
+class Hyper:
+    """Mode hyper: the search over a model's `search_space`."""
+
+    trials: int = number(20, 1, 100_000, "trials of a study, those already finished included")
+    startup: int = number(5, 0, 100_000, "random trials before the sampler learns and prunes")
+    join: str = setting("", "folder of a search that goes on elsewhere: work on its trials")
+
+
+@dataclass
+class Full:
+    """Mode full: what it measures beyond the other modes."""
+
+    sizes: str = setting("500,2000,8000", "catalogue sizes of the latency curve, with commas")
+    size_seconds: float = number(20.0, 0.0, 1e6, "no larger catalogue after one that took longer")
+    case_users: int = number(3, 1, 100, "users of the case study")
 
 
 # --------------------------------------------------------------------------- models
@@ -471,6 +491,8 @@ class Config:
     data: Data = field(default_factory=Data)
     mock: Mock = field(default_factory=Mock)
     train: Train = field(default_factory=Train)
+    hyper: Hyper = field(default_factory=Hyper)
+    full: Full = field(default_factory=Full)
     sasrec: SASRec = field(default_factory=SASRec)
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
@@ -506,6 +528,21 @@ class Config:
 
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "quick": {"train.epochs": 2, "train.batch_size": 64},
+}
+
+# Models of a mode when the command names none; mode baseline takes all.
+MODE_MODELS: dict[str, tuple[str, ...]] = {"ablation": ("pmat", "pmat_mcrl"), "hyper": ("pmat",)}
+
+# By mode and data set; these beat the presets of data sets and models.
+MODE_DATA_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    # everything in half an hour on two cores
+    ("full", "mock"): {
+        "mock.n_users": 200,
+        "mock.n_items": 200,
+        "hyper.trials": 6,
+        "full.sizes": "200,800,3200",
+        "full.size_seconds": 5.0,
+    },
 }
 
 # By the name of the data set (its folder, or `mock`).
@@ -815,6 +852,7 @@ def build_config(
     name = dataset_name(str(asked.get("data.dataset", Data.dataset)))
     by_data = MODEL_PRESETS.get(model or str(asked.get("run.model", Run.model)), {})
     presets = DATASET_PRESETS.get(name, {}) | by_data.get("*", {}) | by_data.get(name, {})
+    presets |= MODE_DATA_PRESETS.get((mode, name), {})
     config = Config()
     for source, layer in (
         ("config.py", presets | by_mode if mode == "quick" else by_mode | presets),

@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 FLAGS: dict[str, tuple[str, type, str]] = {
     "mode": ("run.mode", str, f"{', '.join(MODES)} (default quick)"),
     "dataset": ("data.dataset", str, "mock, amazon, movielens, mmrec, or a folder (default mock)"),
-    "model": ("run.model", str, "one model; in mode baseline also several, with commas"),
+    "model": ("run.model", str, "a model; several, with commas, where a mode compares them"),
     "epochs": ("train.epochs", int, "passes over the train set (quick 2, else the model's preset)"),
     "batch_size": ("train.batch_size", int, "examples per step (quick 64, else the preset)"),
     "lr": ("train.lr", float, "learning rate (1e-4 where the model's preset names none)"),
@@ -38,6 +38,8 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "save_dir": ("run.save_dir", str, "folder of the results (default ./results)"),
     "log_dir": ("run.log_dir", str, "folder of experiment.log (default ./logs)"),
     "data_dir": ("data.data_dir", str, "folder of the data sets (default ./data)"),
+    "trials": ("hyper.trials", int, "mode hyper: trials of the study (default 20)"),
+    "from": ("run.source", str, "mode report: the run folder to rebuild tables and figures of"),
     "num_workers": ("train.num_workers", int, "batches prefetched by a thread (default 0)"),
 }
 

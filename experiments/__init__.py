@@ -10,13 +10,37 @@ from typing import Any
 MODES = {
     "quick": "experiments.modes:quick",
     "baseline": "experiments.modes:baseline",
+    "ablation": "experiments.modes:ablation",
+    "hyper": "experiments.hyper:hyper",
     "mcrl": "experiments.mcrl:run_mcrl_experiment",
+    "full": "experiments.full:full",
+    "report": "experiments.modes:rebuild",
+}
+
+
+# What a mode makes of its folder after training, and mode report again: (folder, task, latest).
+WRITERS = {
+    "quick": "experiments.report:show",
+    "baseline": "experiments.results:write_baseline",
+    "ablation": "experiments.results:write_ablation",
+    "hyper": "experiments.hyper:write_hyper",
+    "mcrl": "experiments.mcrl:write_comparison",
+    "full": "experiments.full:write_full",
 }
 
 
 def find_mode(name: str) -> Callable:
     """The function of a mode. Raises KeyError for a name that is not in MODES."""
-    module, function = MODES[name].split(":")
+    return _find(MODES[name])
+
+
+def find_writer(mode: str) -> Callable | None:
+    """What writes the tables and figures of a mode; None for a mode that has none."""
+    return _find(WRITERS[mode]) if mode in WRITERS else None
+
+
+def _find(target: str) -> Callable:
+    module, function = target.split(":")
     return getattr(importlib.import_module(module), function)
 
 
@@ -25,7 +49,7 @@ def start(flags: dict[str, Any], overlay: dict[str, Any], resume: str | None) ->
 
     0 done, 1 a model failed, 2 a mistake the user can mend, 130 stopped by a signal.
     """
-    from experiments.modes import Request, resumed_request
+    from experiments.requests import Request, resumed_request
     from experiments.training import Stopped
     from util import UserError, pick_device, process_group, start_logging
 

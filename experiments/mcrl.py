@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from config import Config
 from experiments import plots, report
-from experiments.modes import Request, announce, finish, open_folder, run_once
-from experiments.runs import BEST, METRICS, RANKS, Task, load_ranks, load_task, run
-from experiments.training import EPOCHS
-from metrics import average_over_seeds, paired_bootstrap, per_user
-from util import atomic_path, rank, write_json
+from experiments.modes import conduct, model_jobs, run_jobs
+from experiments.requests import Request
+from experiments.runs import BEST, Task, load_task, run
+from experiments.tables import Column, Table, write_table
+from metrics import paired_bootstrap
+from util import atomic_path, write_json
 
 logger = getLogger("pmat")
 ALONE, JOINT = "pmat", "pmat_mcrl"
 # model -> how its checkpoint is called
+_SHOWN = ("recall@10", "ndcg@10")
 CHECKPOINTS = {ALONE: "MCRL_Exp_PMAT_only", JOINT: "MCRL_Exp_PMAT_MCRL_joint"}
 
 
@@ -38,68 +41,78 @@ def run_mcrl_experiment(request: Request) -> int:
     1 PMAT alone, 2 PMAT and MCRL jointly, 3 their comparison. Weights are copied to `checkpoints/`
     beside the results folder, the comparison goes to `mcrl_experiment_*.json`.
     """
-    config = request.config(ALONE)
-    task = load_task(config)
-    announce(config)
-    with open_folder(request, config) as folder:
-        places = {
-            folder / f"{model}_seed{seed}": (model, seed)
-            for model in CHECKPOINTS
-            for seed in range(config.run.seed, config.run.seed + config.run.seeds)
-        }
-        failed = [
-            place
-            for place, (model, seed) in places.items()
-            if not run_once(request.config(model), seed, task, place, isolate=False)
-        ]
-        if rank() == 0:
-            _conclude(folder, places, config)
-            finish(folder, failed)
-    return len(failed)
+    return conduct(request, tuple(CHECKPOINTS), train_both)
 
 
-def _conclude(folder: Path, places: dict[Path, tuple[str, int]], config: Config) -> None:
-    print(report.text_table(list(places)))
-    results = Path(config.run.save_dir)
-    checkpoints = results.resolve().parent / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for place, (model, seed) in places.items():
-        name = f"{CHECKPOINTS[model]}_{folder.name.split('_', 1)[1]}_seed{seed}.pth"
-        with atomic_path(checkpoints / name) as path:
-            shutil.copy(place / BEST, path)
-    content = _comparison(places, config.train.mask_seen)
-    name = f"mcrl_experiment_{folder.name.split('_', 1)[1]}"
-    for target in (folder, results):
-        write_json(target / f"{name}.json", content)
-    joint = [place for place, (model, _) in places.items() if model == JOINT]
-    plots.loss_curves(_epochs(joint[0]), folder / "mcrl_losses")
-    found = content["comparison"]
+def train_both(request: Request, task: Task, folder: Path) -> list[Path]:
+    """Steps 1 and 2; returns the folders of the runs that failed."""
+    return run_jobs(request, model_jobs(request, tuple(CHECKPOINTS), folder), task)
+
+
+def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> list[Table]:
+    """Step 3 from the runs in `folder`; with `latest`, copies of the weights and of the JSON."""
+    runs = [made for made in report.read_runs(folder) if made.model in CHECKPOINTS]
+    runs = [made for made in runs if not made.label]
+    print(report.text_table(runs))
+    if {made.model for made in runs} != set(CHECKPOINTS):
+        logger.warning("Both models must have finished before they can be compared.")
+        return []
+    found = {entry.model: entry for entry in report.entries(runs)}
+    content = _comparison(found, runs)
+    name = f"mcrl_experiment_{folder.name.split('_', 1)[-1]}"
+    for place in [folder] if latest is None else [folder, latest]:
+        write_json(place / f"{name}.json", content)
+    if latest is not None:
+        _copy_weights(runs, latest.resolve().parent / "checkpoints", folder)
+    plots.loss_curves(found[JOINT].epochs(), folder / "mcrl_losses")
+    compared = content["comparison"]
     print(
-        f"\nNDCG@10 of PMAT+MCRL minus PMAT: {found['difference']:+.4f} "
-        f"(95 % interval {found['low']:+.4f} to {found['high']:+.4f})"
+        f"\nNDCG@10 of PMAT+MCRL minus PMAT: {compared['difference']:+.4f} "
+        f"(95 % interval {compared['low']:+.4f} to {compared['high']:+.4f})"
     )
+    table = _table(found, runs, compared)
+    write_table(table, folder)
+    return [table]
 
 
-def _comparison(places: dict[Path, tuple[str, int]], mask_seen: bool) -> dict[str, Any]:
-    runs = [json.loads((place / METRICS).read_text(encoding="utf-8")) for place in places]
-    users = {
-        model: average_over_seeds(
-            [
-                per_user(load_ranks(place / RANKS, mask_seen), "ndcg", 10)
-                for place, (name, _) in places.items()
-                if name == model
-            ]
-        )
+def _table(
+    found: dict[str, report.Entry], runs: list[report.Run], compared: dict[str, float]
+) -> Table:
+    rows = [
+        {
+            "model": model,
+            **{name: found[model].users(name.split("@")[0]).mean() for name in _SHOWN},
+            **(compared if model == JOINT else {}),
+        }
         for model in CHECKPOINTS
-    }
+    ]
+    columns = [
+        Column("model", "Model", "s"), *(Column(name, name, best=1) for name in _SHOWN),
+        Column("difference", "Δ NDCG@10", "+.4f"), Column("low", "low", "+.4f"),
+        Column("high", "high", "+.4f"), Column("p_value", "p", ".3f"),
+    ]  # fmt: skip
+    note = (
+        "Means over seeds; best bold, second underlined; Δ with a 95 % interval and p: paired "
+        "bootstrap over users, one comparison."
+    )
+    title = "PMAT alone and with MCRL"
+    caption = f"{report.protocol(runs)} {note}"
+    return Table("mcrl_comparison", title, caption, columns, pd.DataFrame(rows))
+
+
+def _copy_weights(runs: list[report.Run], checkpoints: Path, folder: Path) -> None:
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for made in runs:
+        name = f"{CHECKPOINTS[made.model]}_{folder.name.split('_', 1)[-1]}_seed{made.seed}.pth"
+        with atomic_path(checkpoints / name) as path:
+            shutil.copy(made.folder / BEST, path)
+
+
+def _comparison(found: dict[str, report.Entry], runs: list[report.Run]) -> dict[str, Any]:
+    compared = paired_bootstrap(found[JOINT].users(), found[ALONE].users())
     return {
-        "caption": report.caption(runs[0]),
-        "runs": runs,
-        "losses": {place.name: _epochs(place) for place in places},
-        "comparison": paired_bootstrap(users[JOINT], users[ALONE])._asdict(),
+        "caption": report.caption(runs[0].result),
+        "runs": [made.result for made in runs],
+        "losses": {f"{made.model}_seed{made.seed}": made.epochs() for made in runs},
+        "comparison": compared._asdict(),
     }
-
-
-def _epochs(place: Path) -> list[dict[str, Any]]:
-    lines = (place / EPOCHS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]

@@ -1,48 +1,47 @@
-"""The modes: each turns a request into a list of runs, and their results into a table."""
+"""The modes that train lists of runs: each run in a folder of its own, tables from the folders."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import yaml
-
-from config import Config, ConfigError, build_config, dataset_name, differences
-from experiments import report
-from experiments.runs import CONFIG, METRICS, MODELS, Task, load_task, model_class, run
-from experiments.training import Stopped, comparable
-from util import UserError, claim, from_first, new_run_folder, rank, write_yaml
+from config import MODE_MODELS, Config, ConfigError
+from experiments import find_writer
+from experiments.report import read_runs
+from experiments.requests import Request, announce, finish, open_folder, read_request
+from experiments.runs import METRICS, MODELS, Task, load_task, model_class, run
+from experiments.training import Stopped
+from util import UserError, from_first, rank
 
 logger = getLogger("pmat")
-REQUEST, UNFINISHED = "request.yaml", "unfinished"
-# Settings that do not change results: a resumed run may have others.
-MAY_CHANGE = {"run.device", "run.save_dir", "run.log_dir", "train.num_workers", "data.data_dir"}
+# A part of a mode: trains into a folder and returns the folders of the runs that failed.
+Part = Callable[[Request, Task, Path], list[Path]]
 
 
-class Request(NamedTuple):
-    """What the user asked for: settings by dotted key, before presets fill in the rest."""
+class Job(NamedTuple):
+    """One run to be made."""
 
-    flags: dict[str, Any]  # from the command line
-    overlay: dict[str, Any]  # from --config
-    resume: str | None  # None: start afresh; "": newest unfinished run; else the run's folder
+    place: Path
+    model: str
+    seed: int
+    changes: dict[str, Any] = {}  # settings that make it an ablation, and its label
 
-    def config(self, model: str | None = None) -> Config:
-        """All settings, with the presets of `model`."""
-        return build_config(self.flags, self.overlay, model)
 
-    def asks_for(self, key: str) -> bool:
-        """Whether the user set this key."""
-        return key in self.flags or key in self.overlay
+# --------------------------------------------------------------------------- modes
 
 
 def quick(request: Request) -> int:
     """One model, few epochs, one table: does everything work? Returns the number of failed runs."""
-    config = request.config()
-    return _run_and_report(request, [config.run.model], config, isolate=False)
+    model = request.config().run.model
+
+    def part(request: Request, task: Task, folder: Path) -> list[Path]:
+        jobs = [job._replace(place=folder) for job in model_jobs(request, (model,), folder)[:1]]
+        return run_jobs(request, jobs, task, isolate=False)
+
+    return conduct(request, (model,), part)
 
 
 def baseline(request: Request) -> int:
@@ -50,44 +49,127 @@ def baseline(request: Request) -> int:
 
     Returns the number of failed runs; a model that fails is reported and the others go on.
     """
-    config = request.config()
-    asked = request.asks_for("run.model")
-    names = [n.strip() for n in config.run.model.split(",")] if asked else list(MODELS)
-    return _run_and_report(request, names, config, isolate=True)
+    return conduct(request, request.models(tuple(MODELS)), train_models)
 
 
-def _run_and_report(request: Request, names: list[str], config: Config, isolate: bool) -> int:
+def ablation(request: Request) -> int:
+    """The declared ablations of the chosen models against the full models.
+
+    Returns the number of failed runs. Raises ConfigError for a model that declares none.
+    """
+    names = request.models(MODE_MODELS["ablation"])
     for name in names:
-        model_class(name)  # a misspelt name ends here, before anything is read or written
+        if not model_class(name).ablations:
+            known = ", ".join(model for model in MODELS if model_class(model).ablations)
+            raise ConfigError(f"--model {name} declares no ablations; these do: {known}.")
+    return conduct(request, names, train_ablations)
+
+
+def rebuild(request: Request) -> int:
+    """Mode report: tables and figures of a finished or unfinished folder again; trains nothing."""
+    source = request.config().run.source
+    if not source:
+        raise UserError("--mode report: name the run folder with --from results/...")
+    folder = Path(source)
+    stored = read_request(folder)
+    here = {key: value for key, value in request.flags.items() if key == "data.data_dir"}
+    config = stored._replace(flags=stored.flags | here).config()
+    write = find_writer(config.run.mode)
+    if write is None:
+        raise UserError(f"--from {source}: mode {config.run.mode} has no tables to rebuild.")
+    task = load_task(config)
+    _check_same_data(folder, task)
+    write(folder, task, None)
+    print(f"\nTables and figures are in {folder}")
+    return 0
+
+
+def _check_same_data(folder: Path, task: Task) -> None:
+    for made in read_runs(folder):
+        sizes = made.result["dataset"]
+        found = (task.dataset.sequences.n_users, task.dataset.catalogue.n_items)
+        if found != (sizes["users"], sizes["items"]):
+            raise UserError(
+                f"{made.folder} was made with {sizes['users']} users and {sizes['items']} items, "
+                f"the data set has {found[0]} and {found[1]} now; name the right --data_dir."
+            )
+
+
+# --------------------------------------------------------------------------- how a mode goes
+
+
+def conduct(request: Request, names: tuple[str, ...], part: Part) -> int:
+    """Read the data, let `part` train into the run folder, write tables and figures from it.
+
+    Names of models are checked before anything is read or written. Returns the number of failures.
+    """
+    for name in names:
+        model_class(name)
+    config = request.config()
     task = load_task(config)
     announce(config)
     with open_folder(request, config) as folder:
-        places = _run_folders(folder, names, config)
-        failed = [
-            place
-            for place, (name, seed) in places.items()
-            if not run_once(request.config(name), seed, task, place, isolate)
-        ]
+        failed = part(request, task, folder)
         if rank() == 0:
-            _report([place for place in places if place not in failed], folder, config)
+            find_writer(config.run.mode)(folder, task, Path(config.run.save_dir))
             finish(folder, failed)
     return len(failed)
 
 
-def finish(folder: Path, failed: list[Path]) -> None:
-    """Say where everything is; without failures there is nothing left to resume."""
-    print(f"\nEverything is in {folder}")
-    if not failed:
-        (folder / UNFINISHED).unlink(missing_ok=True)
+def train_models(request: Request, task: Task, folder: Path) -> list[Path]:
+    """The part of mode baseline."""
+    jobs = model_jobs(request, request.models(tuple(MODELS)), folder)
+    if len(jobs) == 1:  # a single run goes into the folder of the mode itself
+        jobs = [jobs[0]._replace(place=folder)]
+    return run_jobs(request, jobs, task)
 
 
-def _run_folders(folder: Path, names: list[str], config: Config) -> dict[Path, tuple[str, int]]:
-    """Where each (model, seed) goes: a single run goes into the run folder itself."""
-    seeds = range(config.run.seed, config.run.seed + config.run.seeds)
-    runs = [(name, seed) for name in names for seed in seeds]
-    if len(runs) == 1:
-        return {folder: runs[0]}
-    return {folder / f"{name}_seed{seed}": (name, seed) for name, seed in runs}
+def train_ablations(request: Request, task: Task, folder: Path) -> list[Path]:
+    """The part of mode ablation: full models first, then what is taken away."""
+    names = [n for n in request.models(MODE_MODELS["ablation"]) if model_class(n).ablations]
+    return run_jobs(request, ablation_jobs(request, names, folder), task)
+
+
+def model_jobs(request: Request, names: tuple[str, ...], folder: Path) -> list[Job]:
+    """Every model with every seed."""
+    return [
+        Job(folder / f"{name}_seed{seed}", name, seed)
+        for name in names
+        for seed in seeds_of(request.config())
+    ]
+
+
+def ablation_jobs(request: Request, names: list[str], folder: Path) -> list[Job]:
+    """Full models under the names mode baseline gives them, and every declared ablation."""
+    jobs = []
+    for name in names:
+        variants = {"": {}} | model_class(name).ablations
+        for label, overrides in variants.items():
+            part = f"{name}--{_slug(label)}" if label else name
+            changes = {**overrides, "run.label": label} if label else {}
+            jobs += [
+                Job(folder / f"{part}_seed{seed}", name, seed, changes)
+                for seed in seeds_of(request.config())
+            ]
+    return jobs
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+def seeds_of(config: Config) -> range:
+    """The seeds of the runs of each model."""
+    return range(config.run.seed, config.run.seed + config.run.seeds)
+
+
+def run_jobs(request: Request, jobs: list[Job], task: Task, isolate: bool = True) -> list[Path]:
+    """Run what is not finished yet; returns the folders of those that failed."""
+    return [
+        job.place
+        for job in jobs
+        if not run_once(request.config(job.model, job.changes), job.seed, task, job.place, isolate)
+    ]
 
 
 def run_once(config: Config, seed: int, task: Task, folder: Path, isolate: bool) -> bool:
@@ -95,8 +177,9 @@ def run_once(config: Config, seed: int, task: Task, folder: Path, isolate: bool)
     if from_first((folder / METRICS).exists()):
         return True
     config.run.seed = seed
-    folder.mkdir(exist_ok=True)
-    logger.info("\n%s, seed %d", config.run.model, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    label = f" ({config.run.label})" if config.run.label else ""
+    logger.info("\n%s%s, seed %d", config.run.model, label, seed)
     try:
         run(config, task, folder)
     except (Stopped, KeyboardInterrupt):
@@ -105,123 +188,6 @@ def run_once(config: Config, seed: int, task: Task, folder: Path, isolate: bool)
         if not isolate:
             raise
         traceback = None if isinstance(error, UserError) else error
-        logger.error("%s failed: %s", config.run.model, error, exc_info=traceback)
+        logger.error("%s%s failed: %s", config.run.model, label, error, exc_info=traceback)
         return False
     return True
-
-
-def _report(finished: list[Path], folder: Path, config: Config) -> None:
-    if finished:
-        print(report.text_table(finished))
-        if config.run.mode == "baseline":
-            latest, mask_seen = Path(config.run.save_dir), config.train.mask_seen
-            report.write_baseline(finished, folder, latest, mask_seen)
-
-
-def announce(config: Config) -> None:
-    """Log the settings that make this run special."""
-    changed = differences(config)
-    logger.info(
-        "Settings that differ from the defaults: %s",
-        ", ".join(f"{key}={value}" for key, value in changed.items()) or "none",
-    )
-
-
-# --------------------------------------------------------------------------- run folders
-
-
-@contextlib.contextmanager
-def open_folder(request: Request, config: Config) -> Iterator[Path]:
-    """A new run folder, or the one to resume; nobody else can resume it meanwhile.
-
-    When a mistake of the user ends the run before anything is trained, the folder goes again.
-    """
-    with contextlib.ExitStack() as held:
-        folder = None
-        if rank() == 0:
-            folder, lock = _resumable(request, config) or _new_folder(request, config)
-            held.enter_context(lock)
-        folder = Path(from_first(str(folder)))
-        try:
-            yield folder
-        except (UserError, ConfigError):
-            if rank() == 0 and _is_barren(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-def _new_folder(request: Request, config: Config) -> tuple[Path, IO[str]]:
-    label = f"{config.run.mode}_{dataset_name(config.data.dataset)}"
-    folder = new_run_folder(config.run.save_dir, label)
-    write_yaml(folder / REQUEST, {"flags": request.flags, "overlay": request.overlay})
-    lock = _claim(folder)
-    (folder / UNFINISHED).touch()  # last: from here on --resume finds it
-    return folder, lock
-
-
-def _claim(folder: Path) -> IO[str]:
-    lock = claim(folder / REQUEST)
-    if lock is None:
-        raise UserError(f"--resume {folder}: another process is working on that run.")
-    return lock
-
-
-def _is_barren(folder: Path) -> bool:
-    """Whether it holds nothing but settings."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.name for path in files} <= {REQUEST, UNFINISHED, CONFIG}
-
-
-def _resumable(request: Request, config: Config) -> tuple[Path, IO[str]] | None:
-    """The folder to go on with and the hold on it."""
-    if request.resume is None:
-        return None
-    folder = Path(request.resume)
-    if request.resume:  # it was read already, so it is a run folder
-        logger.info("Resuming %s", folder)
-        return folder, _claim(folder)
-    folders = [path.parent for path in Path(config.run.save_dir).glob(f"*/{UNFINISHED}")]
-    for folder in sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True):
-        # passed over: a run of another version, or one that is still going on
-        with contextlib.suppress(UserError, ConfigError):
-            if _identity(read_request(folder).config()) == _identity(config):
-                lock = _claim(folder)
-                logger.info("Resuming %s", folder)
-                return folder, lock
-    logger.info(
-        "No unfinished run with these settings in %s; starting afresh.", config.run.save_dir
-    )
-    return None
-
-
-def _identity(config: Config) -> dict[str, Any]:
-    run_settings = (config.run.mode, config.run.model, config.run.seeds)
-    return comparable(config) | {"asked": run_settings}
-
-
-def read_request(folder: Path) -> Request:
-    """What the run in `folder` was asked to do. Raises UserError when it is no run folder."""
-    try:
-        stored = yaml.safe_load((folder / REQUEST).read_text(encoding="utf-8"))
-        return Request(dict(stored["flags"]), dict(stored["overlay"]), str(folder))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"--resume {folder}: that is no run folder (no readable {REQUEST})."
-        ) from None
-
-
-def resumed_request(folder: str, request: Request) -> Request:
-    """The stored request of `folder`; the flags given now must not contradict it.
-
-    Where and on what to run (device, log folder) may change. Raises UserError naming the key.
-    """
-    stored = read_request(Path(folder))
-    for key, value in (request.overlay | request.flags).items():
-        before = (stored.overlay | stored.flags).get(key)
-        if key not in MAY_CHANGE and before != value:
-            raise UserError(
-                f"--resume {folder}: that run has {key}={'unset' if before is None else before}, "
-                f"not {value}; leave the flag out or start a new run."
-            )
-    kept = {key: value for key, value in request.flags.items() if key in MAY_CHANGE}
-    return stored._replace(flags=stored.flags | kept)

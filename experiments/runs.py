@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,13 @@ import torch
 import baseline_models
 import our_models
 from config import Config, ConfigError, build_config, closest, read_yaml, to_dict
-from data_utils import Dataset, Split, history_batch, load_dataset, split_dataset
+from data_utils import Dataset, Split, load_dataset, split_dataset
+from experiments import personal
+from experiments.efficiency import measured_speed
 from experiments.evaluation import Evaluation, evaluate
 from experiments.training import BEST, LATEST, Trainer
-from metrics import Ranks, cold_recall, coverage, id_quality, latency_summary, ranking_metrics
-from model_parts.base import Batch, Recommender, TrainingData
+from metrics import Ranks, cold_recall, coverage, ranking_metrics
+from model_parts.base import Recommender, TrainingData
 from util import (
     Stopwatch,
     UserError,
@@ -25,9 +28,9 @@ from util import (
     environment,
     from_first,
     load_checkpoint,
-    peak_memory_mb,
     pick_device,
     rank,
+    reset_peak_memory,
     seed_everything,
     stream_seed,
     torch_generator,
@@ -40,7 +43,6 @@ logger = getLogger("pmat")
 MODELS = our_models.MODELS | baseline_models.MODELS
 METRICS, RANKS, CONFIG = "metrics.json", "ranks.npz", "config.yaml"
 LIST_LENGTH = 10  # of the lists that coverage looks at
-LATENCY_QUERIES = 100
 
 
 class Task(NamedTuple):
@@ -78,15 +80,28 @@ def model_class(name: str) -> type[Recommender]:
     return getattr(importlib.import_module(module), class_name)
 
 
-def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
-    """Train and test one model with one seed in `folder`; returns what `metrics.json` holds.
+class Trained(NamedTuple):
+    """A model at its best epoch on valid; nothing has looked at test yet."""
 
-    A folder that already holds a checkpoint goes on from there. Raises UserError for what the user
-    can mend, `experiments.training.Stopped` after a signal.
+    model: Recommender
+    trainer: Trainer
+    device: torch.device
+    validate: Callable[[], dict[str, float]]
+
+
+def train(
+    config: Config,
+    task: Task,
+    folder: Path,
+    on_epoch: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> Trained:
+    """Train one model with one seed in `folder`; uses the train and valid parts of `task` only.
+
+    A folder that already holds a checkpoint goes on from there. `on_epoch` is the one of Trainer.
+    Raises UserError for what the user can mend, `experiments.training.Stopped` after a signal.
     """
     device = pick_device(config.run.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_memory(device)
     split, catalogue = task.split, task.dataset.catalogue
     seed_everything(config.run.seed)
     model = model_class(config.run.model)(config, catalogue).to(device)
@@ -98,25 +113,36 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
         return ranking_metrics(found.masked if config.train.mask_seen else found.unmasked)
 
     trainer = Trainer(
-        model, split.train, config, folder, device, validate, task.dataset.fingerprint
+        model, split.train, config, folder, device, validate, task.dataset.fingerprint, on_epoch
     )
     if not trainer.resume():
         watch = Stopwatch()
-        _prepare(model, task, config)
+        stage_one(model, task, config)
+        if world_size() > 1:  # all processes go on from the weights and codes of the first
+            model.load_state_dict(from_first(model.state_dict()))
         trainer.progress.prepare_seconds = watch.seconds
         seed_everything(stream_seed(config.run.seed, "train", rank()))
     trainer.fit()
-    watch = Stopwatch()
+    return Trained(model, trainer, device, validate)
+
+
+def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
+    """Train one model as `train` does, test it once; returns what `metrics.json` holds."""
+    model, trainer, device, validate = train(config, task, folder)
+    split = task.split
     found = evaluate(
         model, split.train_and_valid, split.test, config, device, list_length(task), note="test"
     )
-    speed = _speed(model, trainer, task, config, device, len(found.lists) / watch.seconds)
+    histories = split.train_and_valid
     result = _result(model, config, task, validate(), found) | {
-        "efficiency": speed,
+        "efficiency": measured_speed(
+            trainer, histories, split.test.users, config, list_length(task)
+        ),
         "environment": environment(device),
     }
     if rank() == 0:
         _save_ranks(folder / RANKS, found, task)
+        personal.write_personal(folder, model, task.dataset, histories, config)
         write_json(folder / METRICS, result)
         (folder / LATEST).unlink(missing_ok=True)
     return result
@@ -135,16 +161,17 @@ def load_model(folder: Path, catalogue: Any) -> tuple[Recommender, Config]:
     return model.eval(), config
 
 
-def _prepare(model: Recommender, task: Task, config: Config) -> None:
-    """Stage one. The held-out sets are not handed over, so no model can look at them."""
+def stage_one(model: Recommender, task: Task, config: Config) -> None:
+    """`prepare` with what it may see: the held-out sets are not handed over.
+
+    Raises UserError for data the model cannot work with.
+    """
     train, catalogue = task.split.train, task.dataset.catalogue
     data = TrainingData(train, catalogue, train.n_users, catalogue.n_items)
     try:
         model.prepare(data, torch_generator(config.run.seed, "prepare"))
     except ValueError as error:
         raise UserError(f"{model.name}: {error}") from error
-    if world_size() > 1:  # all processes go on from the weights and codes of the first
-        model.load_state_dict(from_first(model.state_dict()))
 
 
 def _result(
@@ -162,6 +189,7 @@ def _result(
     }
     return {
         "model": model.name,
+        "label": config.run.label,
         "dataset": {
             "name": task.dataset.name,
             "users": sequences.n_users,
@@ -169,53 +197,19 @@ def _result(
             "interactions": len(sequences.items),
         },
         "seed": config.run.seed,
-        "protocol": {"mask_seen": config.train.mask_seen, "tie_policy": config.data.tie_policy},
+        "protocol": {
+            "mask_seen": config.train.mask_seen,
+            "tie_policy": config.data.tie_policy,
+            "split": "leave-one-out" if task.dataset.labels is None else "of the source",
+        },
         "valid": valid,
         "test": ranking_metrics(chosen) | extra,
         "test_by_masking": {name: ranking_metrics(ranks) for name, ranks in both.items()},
-        "id_quality": _id_quality(model, task),
+        "id_quality": personal.measured_ids(
+            model, task.dataset, task.split.train_and_valid, config
+        ),
         "description": model.describe(),
     }
-
-
-def _id_quality(model: Recommender, task: Task) -> dict[str, float] | None:
-    codes = model.item_ids()
-    if codes is None:
-        return None
-    parts = [part.features for part in task.dataset.catalogue.modalities.values()]
-    features = np.concatenate(parts, axis=1) if parts else None
-    return id_quality(codes.cpu().numpy(), model.n_codes, features)
-
-
-@torch.inference_mode()
-def _speed(
-    model: Recommender,
-    trainer: Trainer,
-    task: Task,
-    config: Config,
-    device: torch.device,
-    users_per_second: float,
-) -> dict[str, float]:
-    """Training time, throughput of the test ranking, latency of single requests."""
-    seconds = []
-    users = task.split.test.users[:LATENCY_QUERIES]
-    warm_up = users[:3]
-    for user in np.concatenate([warm_up, users]):
-        batch = history_batch(task.split.train_and_valid, np.array([user]), config.data.max_history)
-        watch = Stopwatch()
-        model.recommend(Batch(*map(torch.from_numpy, batch)).to(device), list_length(task)).cpu()
-        seconds.append(watch.seconds)
-    progress, latency = trainer.progress, latency_summary(seconds[len(warm_up) :])
-    return {
-        "parameters": model.describe()["parameters"],
-        "prepare_seconds": progress.prepare_seconds,
-        "train_seconds": progress.seconds,
-        "seconds_per_epoch": progress.seconds / max(progress.epoch, 1),
-        "epochs": progress.epoch,
-        "best_epoch": progress.best_epoch,
-        "test_users_per_second": users_per_second,
-        "peak_memory_mb": peak_memory_mb(device),
-    } | {f"latency_{name}": value for name, value in latency.items()}
 
 
 def _save_ranks(path: Path, found: Evaluation, task: Task) -> None:

@@ -72,7 +72,8 @@ class Trainer:
     """Trains one model on one data set into one run folder.
 
     `validate` returns the metrics of the current weights on valid, `ndcg@10` among them; it is the
-    only way held-out data reach this class, and only to choose the epoch to keep.
+    only way held-out data reach this class, and only to choose the epoch to keep. `on_epoch` gets
+    the rows of all finished epochs after each one; it may raise to end the training.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class Trainer:
         device: torch.device,
         validate: Callable[[], dict[str, float]],
         fingerprint: str,
+        on_epoch: Callable[[list[dict[str, Any]]], None] | None = None,
     ) -> None:
         self.model, self.train, self.config = model, train, config
         self.folder, self.device, self.validate = folder, device, validate
+        self.on_epoch = on_epoch
         self.identity = {"config": comparable(config), "data": fingerprint}
         self.progress = Progress()
         self.examples = train_examples(train, model.examples, config.data.max_history)
@@ -266,6 +269,8 @@ class Trainer:
         progress.sums, progress.targets = {}, 0.0
         self._report(row)
         self.save()
+        if self.on_epoch:
+            self.on_epoch(progress.rows)
 
     def _keep_if_best(self, epoch: int, value: float) -> None:
         progress = self.progress
@@ -345,7 +350,9 @@ class Trainer:
 def comparable(config: Config) -> dict[str, Any]:
     """The settings that must agree between a checkpoint and the run that resumes it."""
     content = dataclasses.asdict(config)
-    for key in ("save_dir", "log_dir", "device", "mode", "seeds"):
+    for section in ("hyper", "full"):
+        content.pop(section)
+    for key in ("save_dir", "log_dir", "device", "mode", "seeds", "label", "source"):
         content["run"].pop(key)
     for key in ("data_dir", "cache"):
         content["data"].pop(key)

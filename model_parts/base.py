@@ -98,6 +98,13 @@ class Recommender(nn.Module):
         """Semantic IDs: [N, L], or [B, N, L] where they depend on the user; None without IDs."""
         return None
 
+    def modality_weights_of(self, batch: Batch) -> Tensor | None:
+        """How much each modality counts for each user: [B, M], rows sum to 1, mean over items.
+
+        M in the order of the catalogue. None for a model that does not weigh modalities by user.
+        """
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Facts worth keeping beside the metrics; a model adds its own."""
         return {"parameters": count_parameters(self)}

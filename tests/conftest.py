@@ -5,6 +5,7 @@ Everything runs on one thread: sums then come out in the same order, and equal m
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -18,7 +19,9 @@ import torch
 from config import Config, build_config
 from config import keys as all_keys
 from data_utils import load_dataset, split_dataset
+from experiments import efficiency, plots, plots_ids
 from experiments.runs import Task
+from experiments.training import Trainer
 
 torch.set_num_threads(1)
 
@@ -90,6 +93,55 @@ def small_flags() -> list[str]:
         part for key, value in small().items() if key != "train.epochs"
         for part in ("--set", f"{key}={value}")
     ]  # fmt: skip
+
+
+@pytest.fixture
+def mode_flags(tmp_path, small_flags) -> list[str]:
+    folders = [f"--{name}_dir={tmp_path / name}" for name in ("save", "log", "data")]
+    return ["--epochs", "1", *folders, *small_flags]
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The folder of every training that is started, in order."""
+    started, fit = [], Trainer.fit
+    monkeypatch.setattr(
+        Trainer, "fit", lambda self: (started.append(self.folder.name), fit(self))[1]
+    )
+    return started
+
+
+@pytest.fixture(scope="session")
+def make_outputs_fast() -> Callable[[pytest.MonkeyPatch], None]:
+    """Figures are drawn but not rendered, speed is measured on few calls: for other questions."""
+
+    def make(monkeypatch: pytest.MonkeyPatch) -> None:
+        pixel = base64.b64decode(
+            "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
+            "rkJggg=="
+        )
+
+        def save(figure, path):
+            (path.parent / f"{path.name}.pdf").touch()
+            (path.parent / f"{path.name}.png").write_bytes(pixel)
+
+        monkeypatch.setattr(plots, "save", save)
+        monkeypatch.setattr(plots_ids, "_tsne", lambda digits, seed: np.zeros((len(digits), 2)))
+        monkeypatch.setattr(efficiency, "CALLS", {1: 2, 64: 1})
+
+    return make
+
+
+@pytest.fixture
+def fast_outputs(monkeypatch, make_outputs_fast) -> None:
+    """`make_outputs_fast` for one test."""
+    make_outputs_fast(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def newest() -> Callable[[Path], Path]:
+    """`newest(tmp_path)` -> the newest run folder below `save`."""
+    return lambda place: max(path for path in (place / "save").iterdir() if path.is_dir())
 
 
 @pytest.fixture(scope="session")

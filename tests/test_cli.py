@@ -54,7 +54,7 @@ def test_quick_writes_a_run_folder_and_prints_a_table(quick, tmp_path, capsys, m
     assert result["model"] == model and result["seed"] == 42
     assert set(result["dataset"]) == {"name", "users", "items", "interactions"}
     assert result["dataset"]["users"] == 60
-    assert result["protocol"] == {"mask_seen": True, "tie_policy": "file"}
+    assert result["protocol"]["mask_seen"] is True and result["protocol"]["tie_policy"] == "file"
     wanted = {f"{name}@{k}" for name in ("recall", "ndcg") for k in (5, 10, 20)}
     wanted |= {"mrr", "hit_rate@10"}
     assert wanted <= set(result["valid"]) and wanted <= set(result["test"])
@@ -297,5 +297,5 @@ def test_help_names_every_flag(capsys):
     printed = capsys.readouterr().out
     for flag in ("mode", "dataset", "model", "epochs", "batch_size", "lr", "device", "seed",
                  "save_dir", "log_dir", "config", "set", "seeds", "resume", "data_dir", "amp",
-                 "num_workers"):  # fmt: skip
+                 "num_workers", "trials", "from"):  # fmt: skip
         assert f"--{flag}" in printed

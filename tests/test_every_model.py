@@ -233,6 +233,17 @@ def test_ids_are_whole_numbers_of_every_item(name, fitted, task):
     assert of_users.shape in {codes.shape, (len(batch.users), *codes.shape)}
 
 
+@every_model
+def test_modality_weights_are_shares_of_each_user(name, fitted, task):
+    model, _, _, _, batch = fitted(name)
+    weights = model.modality_weights_of(batch)
+    if weights is None:
+        pytest.skip("a model that does not weigh modalities by user")
+    assert weights.shape == (len(batch.users), len(task.dataset.catalogue.modalities))
+    assert weights.min() >= 0
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
+
+
 # --------------------------------------------------------------------------- stored and repeated
 
 

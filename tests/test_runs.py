@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments import runs
-from experiments.modes import REQUEST
+from experiments.requests import REQUEST
 from experiments.runs import METRICS, MODELS, run
 from experiments.training import LATEST, Trainer
 from main import main

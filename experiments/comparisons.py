@@ -1,0 +1,261 @@
+"""Comparisons as tables: models, ablations, groups of users, semantic IDs, speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import baseline_models
+import our_models
+from experiments.groups import user_groups
+from experiments.report import COLUMNS, Entry, protocol, ranks_of
+from experiments.runs import Task
+from experiments.tables import Column, Table
+from metrics import effect_size, holm, mean_std, paired_bootstrap
+
+SIGNIFICANT = 0.05
+
+# --------------------------------------------------------------------------- models
+
+
+def baseline_table(found: list[Entry]) -> Table:
+    """Means and deviations over seeds, best NDCG@10 first, each model against the reference."""
+    rows = [{"model": entry.model, "seeds": len(entry.runs), **_means(entry)} for entry in found]
+    frame = pd.DataFrame(rows)
+    best = reference(found)
+    frame = frame.merge(_against(found, best), on="model", how="left")
+    frame = frame.sort_values("ndcg@10", ascending=False, kind="stable", ignore_index=True)
+    note = (
+        f"Means{' ± standard deviations over seeds' if frame['seeds'].max() > 1 else ''}; best "
+        "bold, second underlined."
+    )
+    if len(found) > 1:
+        role = " (the best baseline)" if best.model in baseline_models.MODELS else ""
+        note += (
+            f" * NDCG@10 differs from that of {best.model}{role} at p < "
+            f"{SIGNIFICANT} (paired bootstrap over users, Holm)."
+        )
+    columns = [Column("model", "Model", "s"), *(_metric(c) for c in COLUMNS)]
+    all_runs = [run for entry in found for run in entry.runs]
+    return Table("baseline_results", "Test metrics", f"{protocol(all_runs)} {note}", columns, frame)
+
+
+def _metric(name: str) -> Column:
+    titles = {"recall": "R", "ndcg": "N", "mrr": "MRR"}
+    stem, _, k = name.partition("@")
+    return Column(name, f"{titles[stem]}@{k}" if k else titles[stem], best=1)
+
+
+def _means(entry: Entry) -> dict[str, float]:
+    row: dict[str, float] = {}
+    for name in (*COLUMNS, "hit_rate@10", "coverage@10", "cold_recall@10"):
+        values = [run.result["test"].get(name) for run in entry.runs]
+        if None not in values:
+            row[name], row[f"{name} std"] = mean_std(values)
+    return row
+
+
+def reference(found: list[Entry]) -> Entry:
+    """The best baseline on NDCG@10; the best of all where there is no baseline."""
+    among = [entry for entry in found if entry.model in baseline_models.MODELS] or found
+    return max(among, key=lambda entry: entry.users().mean())
+
+
+def _against(found: list[Entry], best: Entry) -> pd.DataFrame:
+    """Difference in NDCG@10 to `best` with a 95 % interval, Holm's p and Cohen's d."""
+    theirs = best.users()
+    rows = []
+    for entry in found:
+        if entry.model != best.model:
+            ours = entry.users()
+            compared = paired_bootstrap(ours, theirs)
+            rows.append(
+                {
+                    "model": entry.model,
+                    "compared with": best.model,
+                    "ndcg@10 difference": compared.difference,
+                    "low": compared.low,
+                    "high": compared.high,
+                    "p": compared.p_value,
+                    "effect size": effect_size(ours, theirs),
+                }
+            )
+    names = ["model", "compared with", "ndcg@10 difference", "low", "high", "p", "effect size"]
+    frame = pd.DataFrame(rows, columns=names)
+    frame["p (Holm)"] = holm(frame["p"].to_numpy(float)) if len(frame) else []
+    frame["ndcg@10 mark"] = ["*" if p < SIGNIFICANT else "" for p in frame["p (Holm)"]]
+    return frame
+
+
+# --------------------------------------------------------------------------- groups
+
+
+def group_table(found: list[Entry], task: Task) -> Table:
+    """NDCG@10 of the best baseline and of each of our models in groups of users."""
+    best = reference(found)
+    ours = [entry for entry in found if entry.model in our_models.MODELS and entry != best]
+    values = {entry.model: entry.users() for entry in [best, *ours]}
+    rows = []
+    for name, members in user_groups(task, ranks_of(best.runs[0])).items():
+        row: dict[str, Any] = {"group": name, "users": int(members.sum())}
+        row |= {model: of_users[members].mean() for model, of_users in values.items()}
+        for entry in ours:
+            compared = paired_bootstrap(values[entry.model][members], values[best.model][members])
+            row |= {
+                f"{entry.model} difference": compared.difference,
+                f"{entry.model} low": compared.low,
+                f"{entry.model} high": compared.high,
+            }
+            outside = compared.low > 0 or compared.high < 0
+            row[f"{entry.model} difference mark"] = "*" if outside else ""
+        rows.append(row)
+    columns = [Column("group", "Group", "s"), Column("users", "Users", ",")]
+    columns += [Column(model, model) for model in values]
+    columns += [Column(f"{entry.model} difference", f"Δ {entry.model}", "+.4f") for entry in ours]
+    note = (
+        f"NDCG@10, mean over seeds; Δ against {best.model}; * its 95 % interval (paired bootstrap "
+        "over the users of the group, not corrected for the number of groups) leaves out 0. "
+        "Nothing is bold."
+    )
+    runs = [run for entry in [best, *ours] for run in entry.runs]
+    return Table(
+        "group_results", "Where models help", f"{protocol(runs)} {note}", columns,
+        pd.DataFrame(rows),
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- IDs and speed
+
+QUALITY = (
+    Column("uniqueness", "Unique", ".3f", 1),
+    Column("uniqueness_per_user", "per user", ".3f"),
+    Column("code_usage", "Codes used", ".3f"),
+    Column("code_usage_worst_digit", "worst digit", ".3f"),
+    Column("perplexity", "Perplexity", ".1f"),
+    Column("semantic_consistency", "Consistency", ".3f", 1),
+    Column("personalisation_discrimination", "Personal", ".3f", 1),
+    Column("churn", "Churn", ".4f"),
+)
+SPEED = (
+    Column("parameters", "Parameters", ",.0f"),
+    Column("prepare_seconds", "Stage one s", ".1f"),
+    Column("train_seconds", "Training s", ".1f"),
+    Column("epochs", "Epochs", ".0f"),
+    Column("peak_memory_mb", "Peak MB", ",.0f"),
+    Column("id_generation_ms", "IDs ms", ".2f"),
+    Column("latency_p50_ms", "1: p50 ms", ".2f", -1),
+    Column("latency_p95_ms", "p95", ".2f"),
+    Column("latency_p99_ms", "p99", ".2f"),
+    Column("latency64_p50_ms", "64: p50 ms", ".1f", -1),
+    Column("latency64_p95_ms", "p95", ".1f"),
+    Column("latency64_p99_ms", "p99", ".1f"),
+    Column("throughput_users_per_second", "Users/s", ",.0f", 1),
+)
+
+
+def id_tables(found: list[Entry]) -> list[Table]:
+    """Quality of semantic IDs of the models that have any."""
+    having = [entry for entry in found if entry.runs[0].result["id_quality"]]
+    if not having:
+        return []
+    note = (
+        "Unique: share of items whose ID no other item has; per user: under each user's own "
+        "codes; consistency: Spearman of feature cosine and share of equal digits; personal: "
+        "Spearman of code distance and modality-weight distance between users; churn: share of "
+        "digits that change with one more item. Means over seeds; best bold, second underlined."
+    )
+    return [_facts(having, "id_quality", QUALITY, "ID quality", note)]
+
+
+def efficiency_table(found: list[Entry]) -> Table:
+    """Time to train and to answer, memory and size of all models."""
+    machine = found[0].runs[0].result["environment"]
+    note = (
+        f"On {machine['device']}, {machine['threads']} threads. Latency of one request for the 10 "
+        "best items of 1 and of 64 users, from histories in memory to lists in memory; users/s at "
+        "64; peak MB of the process during the run. Means over seeds; best bold, second underlined."
+    )
+    return _facts(found, "efficiency", SPEED, "Efficiency", note)
+
+
+def _facts(
+    found: list[Entry], part: str, columns: tuple[Column, ...], title: str, note: str
+) -> Table:
+    """Means over seeds of one section of metrics.json; columns nobody has are left out."""
+    rows = []
+    for entry in found:
+        row: dict[str, Any] = {"model": entry.model, "seeds": len(entry.runs)}
+        for key in dict.fromkeys(key for run in entry.runs for key in run.result[part]):
+            values = [run.result[part].get(key) for run in entry.runs]
+            row[key] = np.nan if None in values else float(np.mean(values))
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    kept = [c for c in columns if c.key in frame and frame[c.key].notna().any()]
+    runs = [run for entry in found for run in entry.runs]
+    return Table(
+        part, title, f"{protocol(runs)} {note}", [Column("model", "Model", "s"), *kept], frame
+    )
+
+
+# --------------------------------------------------------------------------- ablations
+
+
+def ablation_table(found: list[Entry]) -> Table:
+    """Each ablation against its full model, seed by seed the same data and protocol.
+
+    The difference is paired by user and averaged over the seeds that both have.
+    """
+    rows = []
+    for full in (entry for entry in found if not entry.label):
+        rows.append({"model": full.model, "variant": "full model", **_ablated(full)})
+        for entry in found:
+            if entry.model == full.model and entry.label:
+                row = {"model": entry.model, "variant": entry.label, **_ablated(entry)}
+                rows.append(row | _delta(entry, full))
+    frame = pd.DataFrame(rows)
+    tested = frame["p"].notna() if "p" in frame else pd.Series(False, index=frame.index)
+    frame["p (Holm)"] = np.nan
+    frame.loc[tested, "p (Holm)"] = holm(frame.loc[tested, "p"].to_numpy(float))
+    frame["difference mark"] = ["*" if p < SIGNIFICANT else "" for p in frame["p (Holm)"]]
+    columns = [
+        Column("variant", "Variant", "s"), Column("model", "Model", "s"), _plain("recall@10"),
+        _plain("ndcg@10"), Column("difference", "Δ N@10", "+.4f"), Column("low", "low", "+.4f"),
+        Column("high", "high", "+.4f"), Column("p (Holm)", "p (Holm)", ".3f"),
+    ]  # fmt: skip
+    note = (
+        "Δ: variant minus full model in NDCG@10, with a 95 % interval (paired bootstrap over "
+        f"users, means over common seeds); * p < {SIGNIFICANT} after Holm over all rows. Nothing "
+        "is bold: rows are compared with their full model, not ranked."
+    )
+    runs = [run for entry in found for run in entry.runs]
+    return Table(
+        "ablation_results", "Ablations", f"{protocol(runs)} {note}", columns, frame, rule="model"
+    )
+
+
+def _plain(name: str) -> Column:
+    return _metric(name)._replace(best=0)
+
+
+def _ablated(entry: Entry) -> dict[str, Any]:
+    return {"seeds": len(entry.runs), **_means(entry)}
+
+
+def _delta(entry: Entry, full: Entry) -> dict[str, float]:
+    common = {run.seed for run in entry.runs} & {run.seed for run in full.runs}
+    if not common:
+        return {}
+    ours, theirs = (
+        one._replace(runs=[run for run in one.runs if run.seed in common]).users()
+        for one in (entry, full)
+    )
+    compared = paired_bootstrap(ours, theirs)
+    return {
+        "difference": compared.difference,
+        "low": compared.low,
+        "high": compared.high,
+        "p": compared.p_value,
+        "effect size": effect_size(ours, theirs),
+    }

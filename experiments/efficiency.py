@@ -1,0 +1,107 @@
+"""How fast a trained model is, and at what price: latency, throughput, memory, time to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config
+from data_utils import Sequences, history_batch
+from experiments.training import Trainer
+from metrics import latency_summary, throughput
+from model_parts.base import Batch, Recommender
+from util import Stopwatch, peak_memory_mb
+
+CALLS = {1: 100, 64: 30}  # users asked for at once -> calls that are timed
+WARM_UP = 3
+MAX_SECONDS, MIN_CALLS = 20.0, 5  # a slow decoder gets fewer calls
+
+
+def measured_speed(
+    trainer: Trainer, histories: Sequences, users: np.ndarray, config: Config, k: int
+) -> dict[str, Any]:
+    """Training time, memory, and the latency of lists of `k` items, as `metrics.json` has them.
+
+    `latency_*` is one user at a time, `latency64_*` is 64 users at once; both count the way from
+    histories in memory to lists in memory. `id_generation_ms` is the median time to code the whole
+    catalogue for one user (null without semantic IDs; a look-up where IDs are the same for all).
+    """
+    model, device, progress = trainer.model, trainer.device, trainer.progress
+    single, many = (latencies(model, histories, users, config, device, k, b) for b in CALLS)
+    return {
+        "parameters": model.describe()["parameters"],
+        "prepare_seconds": progress.prepare_seconds,
+        "train_seconds": progress.seconds,
+        "seconds_per_epoch": progress.seconds / max(progress.epoch, 1),
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch,
+        "id_generation_ms": _id_generation(model, histories, users, config, device),
+        "throughput_users_per_second": throughput(max(CALLS) * len(many), float(sum(many))),
+        "peak_memory_mb": peak_memory_mb(device),
+        **{f"latency_{name}": value for name, value in latency_summary(single).items()},
+        **{f"latency64_{name}": value for name, value in latency_summary(many).items()},
+    }
+
+
+@torch.inference_mode()
+def latencies(
+    model: Recommender,
+    histories: Sequences,
+    users: np.ndarray,
+    config: Config,
+    device: torch.device,
+    k: int,
+    size: int,
+) -> list[float]:
+    """Seconds of each call of `recommend` for `size` of the `users`, after a warm-up."""
+    model.eval()
+
+    def recommend(batch: Batch) -> Tensor:
+        return model.recommend(batch.to(device), k).cpu()
+
+    return _timed(recommend, _batches(histories, users, config, size, CALLS[size]))
+
+
+@torch.inference_mode()
+def _id_generation(
+    model: Recommender,
+    histories: Sequences,
+    users: np.ndarray,
+    config: Config,
+    device: torch.device,
+) -> float | None:
+    if model.item_ids() is None:
+        return None
+
+    def generate(batch: Batch) -> Tensor | None:
+        codes = model.item_ids(batch.to(device))
+        return None if codes is None else codes.cpu()
+
+    seconds = _timed(generate, _batches(histories, users, config, 1, 20))
+    return latency_summary(seconds)["p50_ms"]
+
+
+def _batches(
+    histories: Sequences, users: np.ndarray, config: Config, size: int, calls: int
+) -> list[Batch]:
+    """`calls` batches after WARM_UP ones; a small data set starts again with its first user."""
+    rows = np.resize(users, (WARM_UP + calls) * size).reshape(-1, size)
+    window = config.data.max_history
+    return [Batch(*map(torch.from_numpy, history_batch(histories, row, window))) for row in rows]
+
+
+def _timed(call: Callable[[Batch], Any], batches: list[Batch]) -> list[float]:
+    for batch in batches[:WARM_UP]:
+        call(batch)
+    seconds: list[float] = []
+    for batch in batches[WARM_UP:]:
+        watch = Stopwatch()
+        call(batch)
+        seconds.append(watch.seconds)
+        if sum(seconds) > MAX_SECONDS and len(seconds) >= MIN_CALLS:
+            break
+    return seconds
