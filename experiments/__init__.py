@@ -11,6 +11,7 @@ MODES = {
     "quick": "experiments.modes:quick",
     "baseline": "experiments.modes:baseline",
     "mcrl": "experiments.mcrl:run_mcrl_experiment",
+    "theory": "experiments.theory:run_theory",
 }
 
 
