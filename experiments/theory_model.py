@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,15 +11,13 @@ import torch
 from data_utils import Sequences, history_batch
 from experiments import bounds, bounds_learning, bounds_retrieval
 from experiments.bounds import Array, Check, Tables, make_tables
-from experiments.theory_random import Checks, toward, unit
+from experiments.theory_random import Checks, unit
 from model_parts.base import Batch
-from our_models.mcrl import PMATWithMCRL
 from our_models.pmat import PMAT
 from our_models.serving import Server
 
 # Items and users looked at: enough for means, few enough for a minute.
 _ITEMS, _USERS, _FOLLOWED, _SHUFFLED = 120, 24, 6, 150
-_LEVELS = ("user", "intra", "inter")
 
 
 class Trained:
@@ -77,17 +74,13 @@ def shares(weights: Array) -> Array:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def model_checks(
-    model: PMAT, joint: PMATWithMCRL, train: Sequences, window: int, rng: np.random.Generator
-) -> Checks:
-    """All six theorems; the fifth on `joint`, the others on `model`."""
-    seen = Trained(model, train, window, rng)
+def model_checks(seen: Trained, rng: np.random.Generator) -> Checks:
+    """All theorems but the fifth, which is about another model (theory_levels.py)."""
     return {
         1: drift_of_ids(seen, rng),
         2: updates(seen),
         3: consistency(seen, rng),
         4: discrimination(seen),
-        5: levels(joint, train, window, rng)[0],
         6: retrieval(seen, rng),
     }
 
@@ -176,7 +169,7 @@ def updates(seen: Trained, rate: float = 0.5, margin: float = 0.5) -> list[Check
     return [
         joined([bounds.contraction(even[0], t[0, 0], t[:, 0], rate) for t in targets]),
         joined(tracked),
-        joined([bounds.settled(even[:1], t[-1, n], rate, seen.r) for t in targets for n in (0, 7)]),
+        joined([bounds.settled(even[:1], t[-1, n], rate, seen.r) for t in targets for n in (0, -1)]),
         together([bounds.churn(seen.tables, *path, margin) for path in paths]),
     ]
 
@@ -210,6 +203,8 @@ def shuffled_p_values(seen: Trained, rng: np.random.Generator) -> Array:
     """Of the server's test on histories in random order, where nothing can have drifted."""
     lengths = np.diff(seen.train.offsets)
     users = np.flatnonzero(lengths >= 6)
+    if not len(users):
+        raise ValueError("the drift test needs users with at least 6 train interactions")
     found = []
     for number, user in enumerate(rng.permutation(users)[:_SHUFFLED]):
         items = seen.train.items[seen.train.offsets[user] : seen.train.offsets[user + 1]]
@@ -220,7 +215,7 @@ def shuffled_p_values(seen: Trained, rng: np.random.Generator) -> Array:
     return np.array(found)
 
 
-# --------------------------------------------------------------------------- codes and levels
+# --------------------------------------------------------------------------- codes
 
 
 def digit_scores(seen: Trained) -> tuple[Array, Array, Array]:
@@ -257,108 +252,24 @@ def prefix_losses(seen: Trained) -> list[Check]:
 
 def discrimination(seen: Trained, temperature: float = 0.05) -> list[Check]:
     """Theorem 4: collisions of prefixes; every item against the words of all codes."""
-    even = bounds.to_grid(np.where(seen.present, 1 / seen.present.sum(1, keepdims=True), 0), seen.r)
-    codes = seen.tables.codes(even)
-    digits = np.arange(codes.shape[1])
-    words = seen.codebooks[digits, codes].transpose(0, 2, 1, 3).reshape(len(codes), -1)
-    cosines = unit(bounds.fused(seen.latents, even)) @ (words / np.sqrt(len(digits))).T
-    diameter = float(seen.tables.diameter.max())
+    cosines, codes = discrimination_inputs(seen)
     own = np.arange(len(codes))
     return [
         together(prefix_losses(seen)),
         *bounds_learning.separation(cosines, own, temperature),
-        *bounds_learning.code_distance(cosines, codes, diameter, temperature),
+        *bounds_learning.code_distance(
+            cosines, codes, float(seen.tables.diameter.max()), temperature
+        ),
     ]
 
 
-def levels(
-    joint: PMATWithMCRL, train: Sequences, window: int, rng: np.random.Generator, batches: int = 6
-) -> tuple[list[Check], dict[str, Any]]:
-    """Theorem 5: gradients of the three levels and of the task, on the code vectors.
-
-    Also what one step of the same length does to the task's loss, alone and together.
-    """
-    joint.eval()
-    lengths = np.diff(train.offsets)
-    users = np.flatnonzero(lengths >= 3)
-    mixtures, steps = [], []
-    for _ in range(batches):
-        batch = next_items(train, rng.permutation(users)[:64], window)
-        task, pulls = gradients(joint, batch)
-        mixtures.append(bounds_learning.Mixture(task, pulls))
-        steps.append(decreases(joint, batch, mixtures[-1], pulls, task))
-    measured = {
-        "cosines": np.mean([m.singles for m in mixtures], axis=0).tolist(),
-        "levels": list(_LEVELS),
-        "best single": float(np.mean([m.best for m in mixtures])),
-        "best mixture": float(np.mean([m.together for m in mixtures])),
-        "equal mixture": float(np.mean([m.even for m in mixtures])),
-        "decrease": {k: float(np.mean([s[k] for s in steps])) for k in steps[0]},
-        "mixtures": mixtures,
-    }
-    return [bounds_learning.synergy(mixtures), inter_pull(joint, batch, rng)], measured
-
-
-def next_items(train: Sequences, users: Array, window: int) -> Batch:
-    """Histories without each user's last train item, which is the target."""
-    begins, ends = train.offsets[users], train.offsets[users + 1] - 1
-    lengths = np.minimum(ends - begins, window)
-    items = np.zeros((len(users), lengths.max()), np.int64)
-    targets = np.zeros_like(items)
-    for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
-        items[row, :length] = train.items[end - length : end]
-        targets[row, length - 1] = train.items[end]
-    fields = (users, items, lengths, targets)
-    return Batch(*(torch.from_numpy(np.asarray(f, dtype=np.int64)) for f in fields))
-
-
-def gradients(joint: PMATWithMCRL, batch: Batch) -> tuple[Array, Array]:
-    """Of the task and of the three levels on the code vectors, [d] and [3, d]."""
-    parts = joint.loss(batch)
-    missing = [name for name in ("item", *_LEVELS) if name not in parts]
-    if missing:
-        raise ValueError(f"theorem 5 is about three levels; switched off: {', '.join(missing)}")
-
-    def slope(name: str) -> Array:
-        found = torch.autograd.grad(parts[name], joint.tokens.weight, retain_graph=True)
-        return array(found[0]).ravel()
-
-    return slope("item"), np.stack([slope(name) for name in _LEVELS])
-
-
-def decreases(
-    joint: PMATWithMCRL, batch: Batch, mixture: Any, pulls: Array, task: Array, length: float = 0.05
-) -> dict[str, float]:
-    """How much the task's loss falls when the code vectors move by `length` of their norm."""
-    directions = unit(pulls)
-    ways = dict(zip(_LEVELS, directions, strict=True))
-    ways |= {"all, equal": directions.sum(0), "best mixture": mixture.weights @ directions}
-    ways["task"] = task
-    weight = joint.tokens.weight
-    with torch.no_grad():
-        before = float(joint.loss(batch)["item"])
-        kept, found = weight.clone(), {}
-        for name, way in ways.items():
-            way = torch.from_numpy(unit(way)).to(weight).view_as(weight)
-            weight.copy_(kept - length * kept.norm() * way)
-            found[name] = before - float(joint.loss(batch)["item"])
-        weight.copy_(kept)
-    return found
-
-
-def inter_pull(joint: PMATWithMCRL, batch: Batch, rng: np.random.Generator) -> Check:
-    """Level 3 pulls ID representations only along the rows of the shared projections."""
-    rows = batch.targets.max(dim=1).values - 1
-    vectors = joint.pure_vectors(rows).detach().requires_grad_()
-    loss = joint.mcrl.inter_level(vectors, joint.shared, rows)
-    pull = array(torch.autograd.grad(loss, vectors)[0])  # [P, M, d]
-    ways = rng.standard_normal(pull.shape)
-    return together(
-        [
-            bounds_learning.confined(pull[:, m], array(projection.weight), ways[:, m])
-            for m, projection in enumerate(joint.shared)
-        ]
-    )
+def discrimination_inputs(seen: Trained) -> tuple[Array, Array]:
+    """Items under even weights: cosines [N, N] with the words of all codes, codes [N, L]."""
+    even = bounds.to_grid(np.where(seen.present, 1 / seen.present.sum(1, keepdims=True), 0), seen.r)
+    codes = seen.tables.codes(even)
+    digits = np.arange(codes.shape[1])
+    words = seen.codebooks[digits, codes].transpose(0, 2, 1, 3).reshape(len(codes), -1)
+    return unit(bounds.fused(seen.latents, even)) @ (words / np.sqrt(len(digits))).T, codes
 
 
 # --------------------------------------------------------------------------- retrieval
@@ -396,23 +307,19 @@ def memory_of(seen: Trained) -> Check:
     return Check("bytes of a model", *(np.array([float(x)]) for x in (formula, measured, per_user)))
 
 
-def dial(seen: Trained, rates: Array, margins: Array) -> list[tuple[float, float, float, float]]:
-    """Hysteresis turned up: (margin, churn, its bound, cosine lost) along the served weights."""
-    targets = followed(seen, 1.0, 0.0)
-    rate = float(rates[0])
-    found = []
-    for margin in margins:
-        churned, allowed, lost = [], [], []
-        for weights, _ in targets:
-            path = bounds.to_grid(bounds.blended(weights[0], weights[1:], rate), seen.r)
-            codes = bounds.follow(seen.tables, path, float(margin))
-            check = bounds.churn(seen.tables, path, codes, float(margin))
-            churned.append(check.measured.mean())
-            allowed.append(check.bound.mean())
-            lost.append(bounds.fidelity(seen.tables, path, codes, float(margin)).measured.mean())
-        found.append((float(margin), *(float(np.mean(x)) for x in (churned, allowed, lost))))
-    return found
-
-
-Look = Callable[[Array], Array]
-__all__ = ["Trained", "levels", "model_checks", "toward"]
+def dial(seen: Trained, margins: Array, rate: float = 0.5) -> dict[str, list[float]]:
+    """Hysteresis turned up, along the weights that the server asks for."""
+    rows = []
+    targets = [weights for weights, _ in followed(seen, 1.0, 0.0)]
+    for margin in map(float, margins):
+        parts = []
+        for wanted in targets:
+            path = bounds.to_grid(bounds.blended(wanted[0], wanted[1:], rate), seen.r)
+            codes = bounds.follow(seen.tables, path, margin)
+            churned = bounds.churn(seen.tables, path, codes, margin)
+            lost = bounds.fidelity(seen.tables, path, codes, margin)
+            pairs = (churned.measured, churned.bound, lost.measured, lost.bound)
+            parts.append([x.mean() for x in pairs])
+        rows.append([margin, *np.mean(parts, axis=0)])
+    names = ("margin", "churn", "churn_bound", "lost", "lost_bound")
+    return dict(zip(names, np.array(rows).T.tolist(), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,11 @@ def make_instance(
     digits: int = 8,
     codes: int = 16,
     part: int = 4,
+    latents: Array | None = None,
 ) -> Instance:
     """Codewords are the directions that blends of random items have."""
-    latents = unit(rng.standard_normal((items, modalities, digits * part)))
+    if latents is None:
+        latents = unit(rng.standard_normal((items, modalities, digits * part)))
     rows = rng.integers(items, size=(digits, codes))
     weights = rng.dirichlet(np.ones(modalities), (digits, codes))
     pieces = latents.reshape(items, modalities, digits, part)[rows, :, np.arange(digits)[:, None]]
@@ -160,6 +162,44 @@ def aligned_latents(
     shared = unit(rng.standard_normal((items, 1, width)))
     own = unit(rng.standard_normal((items, modalities, width)))
     return unit(np.sqrt(cosine) * shared + np.sqrt(1 - cosine) * own)
+
+
+def alignment(rng: np.random.Generator, cosines: Array) -> dict[str, list[float]]:
+    """What two users still see differently as the modalities of an item are aligned.
+
+    Digits that differ, of codes of our blend and of one by addition, and how much the similarity of
+    two items changes from user to user, with its bound.
+    """
+    users = rng.dirichlet(np.ones(3), (20, 2))
+    rows = []
+    for cosine in cosines:
+        latents = aligned_latents(rng, 60, 3, 32, float(cosine))
+        ours = codes_under(make_instance(rng, 60, latents=latents, codes=32).tables)
+        added = codes_of_sums(latents, rng)
+        parts = []
+        for one, other in users:
+            similar = bounds_learning.inertness(latents, one, other)[0]
+            differ = [(c[0] != c[1]).mean() for c in (x(np.stack([one, other])) for x in (ours, added))]
+            parts.append([*differ, similar.measured.mean(), similar.bound.mean()])
+        rows.append([float(cosine), *np.mean(parts, axis=0)])
+    names = ("cosine", "digits", "digits_of_sums", "similarity", "similarity_bound")
+    return dict(zip(names, np.array(rows).T.tolist(), strict=True))
+
+
+def codes_of_sums(latents: Array, rng: np.random.Generator, digits: int = 8, codes: int = 32) -> Any:
+    """Product codes of a blend by addition, sum_m alpha_m z_m, as `codes_under`."""
+    items, modalities, _ = latents.shape
+    weights = rng.dirichlet(np.ones(modalities), (codes, items))
+    pick = rng.integers(items, size=(codes, digits))
+    sums = np.einsum("knm,nmz->knz", weights, latents).reshape(codes, items, digits, -1)
+    words = sums[np.arange(codes)[:, None], pick, np.arange(digits)]  # [K, L, s]
+
+    def look(weights: Array) -> Array:
+        blend = np.einsum("gm,nmz->gnz", weights, latents).reshape(len(weights), items, digits, -1)
+        distance = ((blend[:, :, None] - words[None, None]) ** 2).sum(-1)  # [G, N, K, L]
+        return distance.argmin(2)
+
+    return look
 
 
 def _retrieval(rng: np.random.Generator) -> list[Check]:
