@@ -7,7 +7,7 @@ K codes, s = z / L; weights are laid out items first, [..., N, M]; r steps of th
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -238,7 +238,7 @@ def attention(slope: Array, present: Array, contexts: Array, weights: Array) -> 
 
 
 def blended(start: Array, targets: Array, rate: float) -> Array:
-    """alpha_n = (1 - rate) alpha_{n-1} + rate target_n: [..., M], [n, ..., M] -> [n + 1, ..., M]."""
+    """alpha_n = (1 - rate) alpha_{n-1} + rate target_n: [..., M] and n targets, [n + 1, ..., M]."""
     path = [start]
     for target in targets:
         path.append((1 - rate) * path[-1] + rate * target)
@@ -282,7 +282,9 @@ def settled(start: Array, target: Array, rate: float, r: int) -> Check:
     # distance of the target from the walls of its cell
     gaps = [(1 / r - (p * (target - cell)).sum()) / np.sqrt(2) for p in np.array(roots)]
     distance = np.linalg.norm(start - target, axis=-1)
-    bound = np.maximum(np.ceil(np.log(distance / min(gaps)) / -np.log1p(-rate)) + 1, 0)
+    with np.errstate(divide="ignore"):  # a start on the target itself: minus infinity
+        needed = np.log(distance / max(min(gaps), 1e-9)) / -np.log1p(-rate)
+    bound = np.maximum(np.ceil(needed) + 1, 0)
     horizon = int(bound.max()) + 2
     path = blended(start, np.broadcast_to(target, (horizon, *start.shape)), rate)
     away = (np.abs(to_grid(path, r) - cell) > 1e-9).any(-1)  # [n + 1, P]
@@ -315,7 +317,7 @@ def churn(tables: Tables, path: Array, codes: Array, margin: float) -> Check:
     """
     digits = tables.table.shape[1]
     swing = np.zeros(tables.table.shape[:2])
-    for before, after in zip(path[:-1], path[1:], strict=True):
+    for before, after in pairwise(path):
         moved = tables.scores(after - before)
         swing += moved.max(-1) - moved.min(-1)
     cells = (np.abs(np.diff(path, axis=0)) > 1e-9).any(-1).sum(0).astype(float)  # [N]

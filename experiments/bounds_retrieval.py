@@ -52,9 +52,7 @@ def colliding_pairs(codes: Array, n_codes: int) -> Check:
         sizes = np.unique(codes[:, :p], axis=0, return_counts=True)[1].astype(float)
         measured.append((sizes * (sizes - 1)).sum() / 2)
         bound.append(max(0.0, (n * n * float(n_codes) ** -p - n) / 2))
-    return Check(
-        "pairs that share a prefix", np.array(bound), np.array(measured), 0.0, lower=True
-    )
+    return Check("pairs that share a prefix", np.array(bound), np.array(measured), 0.0, lower=True)
 
 
 class Found(NamedTuple):
@@ -80,9 +78,7 @@ def beam_search(table: Array, codes: Array, beams: int) -> Found:
         for score, rows in prefixes:
             found = codes[rows, digit]
             expanded += n_codes
-            children += [
-                (score + table[digit, c], rows[found == c]) for c in np.unique(found)
-            ]
+            children += [(score + table[digit, c], rows[found == c]) for c in np.unique(found)]
         children.sort(key=lambda child: -child[0])
         for score, _ in children[beams:]:
             ceiling = max(ceiling, score + rest[digit + 1])

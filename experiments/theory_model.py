@@ -60,7 +60,9 @@ class Trained:
 
     def words(self) -> Array:
         """Code vectors of all digits, [L, K, d]."""
-        return array(self.model.tokens.weight).reshape(-1, self.model.own.codes, self.model.own.width)
+        return array(self.model.tokens.weight).reshape(
+            -1, self.model.own.codes, self.model.own.width
+        )
 
 
 def array(tensor: torch.Tensor) -> Array:
@@ -113,10 +115,11 @@ def drift_of_ids(seen: Trained, rng: np.random.Generator) -> list[Check]:
 
 
 def together(parts: list[Check]) -> Check:
-    """One check of many of the same kind."""
+    """All instances of several checks of the same kind as one."""
     trivial = [np.broadcast_to(part.trivial, np.shape(part.measured)) for part in parts]
-    joined = (np.stack(x) for x in ([p.bound for p in parts], [p.measured for p in parts], trivial))
-    return Check(parts[0].name, *joined, lower=parts[0].lower)
+    fields = ([p.bound for p in parts], [p.measured for p in parts], trivial)
+    flat = (np.concatenate([np.ravel(x) for x in field]) for field in fields)
+    return Check(parts[0].name, *flat, lower=parts[0].lower)
 
 
 def attention_slope(seen: Trained) -> Array:
@@ -167,22 +170,13 @@ def updates(seen: Trained, rate: float = 0.5, margin: float = 0.5) -> list[Check
     paths = [(bounds.to_grid(weights, seen.r), codes) for weights, codes in served]
     tracked = [bounds.tracking(t[0], t, 0.3) for t in targets]
     return [
-        joined([bounds.contraction(even[0], t[0, 0], t[:, 0], rate) for t in targets]),
-        joined(tracked),
-        joined([bounds.settled(even[:1], t[-1, n], rate, seen.r) for t in targets for n in (0, -1)]),
+        together([bounds.contraction(even[0], t[0, 0], t[:, 0], rate) for t in targets]),
+        together(tracked),
+        together(
+            [bounds.settled(even[:1], t[-1, n], rate, seen.r) for t in targets for n in (0, -1)]
+        ),
         together([bounds.churn(seen.tables, *path, margin) for path in paths]),
     ]
-
-
-def joined(parts: list[Check]) -> Check:
-    """As `together`, of instances in any number."""
-    flat = [
-        Check(p.name, np.ravel(p.bound), np.ravel(p.measured),
-              np.ravel(np.broadcast_to(p.trivial, np.shape(p.measured))), p.lower)
-        for p in parts
-    ]  # fmt: skip
-    fields = ([p.bound for p in flat], [p.measured for p in flat], [p.trivial for p in flat])
-    return Check(flat[0].name, *map(np.concatenate, fields), lower=flat[0].lower)
 
 
 def consistency(seen: Trained, rng: np.random.Generator, margin: float = 0.05) -> list[Check]:
@@ -196,7 +190,7 @@ def consistency(seen: Trained, rng: np.random.Generator, margin: float = 0.05) -
         moves.append(bounds.pinsker(weights[:-1], weights[1:]))
     levels_ = np.array([0.01, 0.05, 0.1, 0.2, 0.5])
     alarms = bounds.false_alarms(shuffled_p_values(seen, rng), levels_)
-    return [joined(kept), joined(shifts), joined(moves), alarms]
+    return [together(kept), together(shifts), together(moves), alarms]
 
 
 def shuffled_p_values(seen: Trained, rng: np.random.Generator) -> Array:

@@ -55,7 +55,9 @@ def _drift(curves: dict[str, Any]) -> Figure:
         first.plot(gaps, claim, label=f"C = {constant}", color=colour, linestyle=dash)
     first.set_xscale("log")
     first.set_ylim(0, 1.55)
-    _label(first, "as first worded: fails for every C", r"$\|\alpha_u-\alpha_v\|$", "share of digits")
+    _label(
+        first, "as first worded: fails for every C", r"$\|\alpha_u-\alpha_v\|$", "share of digits"
+    )
     pairs = curves["pairs"]
     second.plot(pairs["distance"], pairs["differ"], label="differ", **_MEASURED)
     second.plot(pairs["distance"], pairs["bound"], label="margins allow it", **_BOUND)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -179,14 +179,17 @@ def alignment(rng: np.random.Generator, cosines: Array) -> dict[str, list[float]
         parts = []
         for one, other in users:
             similar = bounds_learning.inertness(latents, one, other)[0]
-            differ = [(c[0] != c[1]).mean() for c in (x(np.stack([one, other])) for x in (ours, added))]
+            seen = [codes(np.stack([one, other])) for codes in (ours, added)]  # two of [2, N, L]
+            differ = [(first != second).mean() for first, second in seen]
             parts.append([*differ, similar.measured.mean(), similar.bound.mean()])
         rows.append([float(cosine), *np.mean(parts, axis=0)])
     names = ("cosine", "digits", "digits_of_sums", "similarity", "similarity_bound")
     return dict(zip(names, np.array(rows).T.tolist(), strict=True))
 
 
-def codes_of_sums(latents: Array, rng: np.random.Generator, digits: int = 8, codes: int = 32) -> Any:
+def codes_of_sums(
+    latents: Array, rng: np.random.Generator, digits: int = 8, codes: int = 32
+) -> Callable[[Array], Array]:
     """Product codes of a blend by addition, sum_m alpha_m z_m, as `codes_under`."""
     items, modalities, _ = latents.shape
     weights = rng.dirichlet(np.ones(modalities), (codes, items))

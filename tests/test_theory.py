@@ -1,4 +1,4 @@
-"""Bounds of theory_analysis.md: never violated, never idle, and the first wording really is false."""
+"""Bounds of theory_analysis.md: never violated, never idle; the first wording really is false."""
 
 from __future__ import annotations
 
