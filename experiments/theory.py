@@ -24,10 +24,8 @@ from experiments.theory_model import (
     dial,
     discrimination_inputs,
     drift_of_ids,
-    followed,
     model_checks,
     prefix_losses,
-    shuffled_p_values,
 )
 from experiments.theory_random import Checks, alignment, random_checks
 from our_models.mcrl import PMATWithMCRL
@@ -140,7 +138,7 @@ def _curves(seen: Trained, pulls: dict[str, Any], rng: np.random.Generator) -> d
     return {
         "1": _drift_curves(seen, rng),
         "2": _update_curves(seen),
-        "3": {"p_values": np.sort(shuffled_p_values(seen, rng)).tolist()},
+        "3": {"p_values": np.sort(seen.p_values).tolist()},
         "4": _code_curves(seen),
         "5": {"alignment": alignment(rng, _COSINES), "levels": pulls},
         "6": _retrieval_curves(seen, rng),
@@ -171,7 +169,7 @@ def _drift_curves(seen: Trained, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _update_curves(seen: Trained) -> dict[str, Any]:
-    targets = followed(seen, 1.0, 0.0)[0][0][:, 0]  # [n, M] of one user and item
+    targets = seen.targets[0][:, 0]  # [n, M] of one user and item
     even = np.full_like(targets[0], 1 / len(targets[0]))
     pair = bounds.contraction(even, targets[0], targets, 0.3)
     tracked = bounds.tracking(even, targets, 0.3)

@@ -14,9 +14,10 @@ from experiments.theory_model import array, together
 from experiments.theory_random import unit
 from model_parts.base import Batch
 from our_models.mcrl import PMATWithMCRL
+from our_models.pmat import PMAT
 
 _LEVELS = ("user", "intra", "inter")
-_USERS, _BATCHES = 64, 4
+_USERS, _BATCHES = 64, 3
 
 
 def levels(
@@ -83,12 +84,12 @@ def decreases(
     ways["task"] = task
     weight = joint.tokens.weight
     with torch.no_grad():
-        before = float(joint.loss(batch)["item"])
+        before = float(PMAT.loss(joint, batch)["item"])
         kept, found = weight.clone(), {}
         for name, way in ways.items():
             way = torch.from_numpy(unit(way)).to(weight).view_as(weight)
             weight.copy_(kept - length * kept.norm() * way)
-            found[name] = before - float(joint.loss(batch)["item"])
+            found[name] = before - float(PMAT.loss(joint, batch)["item"])
         weight.copy_(kept)
     return found
 

@@ -23,7 +23,9 @@ _ITEMS, _USERS, _FOLLOWED, _SHUFFLED = 120, 24, 6, 150
 class Trained:
     """A trained PMAT as plain arrays: some items, some users, what each sees."""
 
-    def __init__(self, model: PMAT, train: Sequences, window: int, rng: np.random.Generator):
+    def __init__(
+        self, model: PMAT, train: Sequences, window: int, rng: np.random.Generator
+    ) -> None:
         self.model, self.train, self.window = model.eval(), train, window
         present = array(model.present)
         some = np.flatnonzero(present.any(1))
@@ -43,6 +45,8 @@ class Trained:
         self.contexts = array(view.context)  # [B, c]
         self.weights = shares(np.moveaxis(array(weights), 0, -1))  # [B, N, M]
         self.ids = model.item_ids(self.batch).numpy()[:, self.rows]  # [B, N, L]
+        self.targets = [weights for weights, _ in followed(self, 1.0, 0.0)]  # of each [n, N, M]
+        self.p_values = shuffled_p_values(self, rng)
 
     def histories(self, users: Array, sequences: Any) -> Batch:
         """The batch of these users."""
@@ -81,7 +85,7 @@ def model_checks(seen: Trained, rng: np.random.Generator) -> Checks:
     return {
         1: drift_of_ids(seen, rng),
         2: updates(seen),
-        3: consistency(seen, rng),
+        3: consistency(seen),
         4: discrimination(seen),
         6: retrieval(seen, rng),
     }
@@ -164,7 +168,7 @@ def _look(server: Server, rows: Array) -> tuple[Array, Array]:
 
 def updates(seen: Trained, rate: float = 0.5, margin: float = 0.5) -> list[Check]:
     """Theorem 2: targets as the model asks for them, churn as the server makes it."""
-    targets = [weights for weights, _ in followed(seen, 1.0, 0.0)]
+    targets = seen.targets
     even = np.full_like(targets[0][0], 1 / targets[0].shape[-1])
     served = followed(seen, rate, margin)
     paths = [(bounds.to_grid(weights, seen.r), codes) for weights, codes in served]
@@ -179,7 +183,7 @@ def updates(seen: Trained, rate: float = 0.5, margin: float = 0.5) -> list[Check
     ]
 
 
-def consistency(seen: Trained, rng: np.random.Generator, margin: float = 0.05) -> list[Check]:
+def consistency(seen: Trained, margin: float = 0.05) -> list[Check]:
     """Theorem 3 on the server's own states, and its drift test on shuffled histories."""
     served = followed(seen, 0.5, margin)
     words = seen.words()[seen.model.own.shared_digits :]
@@ -189,7 +193,7 @@ def consistency(seen: Trained, rng: np.random.Generator, margin: float = 0.05) -
         shifts.append(bounds.score_shift(words, seen.states[0], codes[0], codes[-1]))
         moves.append(bounds.pinsker(weights[:-1], weights[1:]))
     levels_ = np.array([0.01, 0.05, 0.1, 0.2, 0.5])
-    alarms = bounds.false_alarms(shuffled_p_values(seen, rng), levels_)
+    alarms = bounds.false_alarms(seen.p_values, levels_)
     return [together(kept), together(shifts), together(moves), alarms]
 
 
@@ -304,10 +308,9 @@ def memory_of(seen: Trained) -> Check:
 def dial(seen: Trained, margins: Array, rate: float = 0.5) -> dict[str, list[float]]:
     """Hysteresis turned up, along the weights that the server asks for."""
     rows = []
-    targets = [weights for weights, _ in followed(seen, 1.0, 0.0)]
     for margin in map(float, margins):
         parts = []
-        for wanted in targets:
+        for wanted in seen.targets:
             path = bounds.to_grid(bounds.blended(wanted[0], wanted[1:], rate), seen.r)
             codes = bounds.follow(seen.tables, path, margin)
             churned = bounds.churn(seen.tables, path, codes, margin)
