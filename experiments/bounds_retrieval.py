@@ -15,7 +15,7 @@ from experiments.bounds import Array, Check
 
 def work(
     n: int, digits: int, codes: int, width: int, blends: int = 1, modalities: int = 1,
-    attention: int = 0, beams: int = 0, edges: int = 0, steps: int = 0,
+    attention: int = 0, personal: int = 0, beams: int = 0, edges: int = 0, steps: int = 0,
 ) -> dict[str, float]:  # fmt: skip
     """Operations of one request: multiply-adds, or look-ups with an addition where it says so."""
     table = digits * codes * width
@@ -24,7 +24,7 @@ def work(
         "dense": n * width,
         "table": table + n * digits,
         "atlas": table + choice + n * digits,
-        "no atlas": table + n * modalities * attention + n * digits * (codes * modalities + 1),
+        "no atlas": table + n * modalities * (attention + personal * codes) + n * digits,
         "walk": table + steps * beams * edges * digits,
         "beam": table + digits * beams * codes,
     }

@@ -214,7 +214,16 @@ def _retrieval_curves(seen: Trained, rng: np.random.Generator) -> dict[str, Any]
         for n in _CATALOGUES
     ]  # fmt: skip
     counts = [
-        bounds_retrieval.work(n, digits, own.codes, own.width, blends, n_modalities, own.attention)
+        bounds_retrieval.work(
+            n,
+            digits,
+            own.codes,
+            own.width,
+            blends,
+            n_modalities,
+            own.attention,
+            own.personal_digits,
+        )
         for n in _CATALOGUES
     ]
     ways = ("dense", "table", "atlas")
