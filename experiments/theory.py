@@ -238,7 +238,7 @@ def _retrieval_curves(seen: Trained, rng: np.random.Generator) -> dict[str, Any]
 @torch.no_grad()
 def latency(
     n: int, digits: int, codes: int, width: int, modalities: int, blends: int, attention: int,
-    rng: np.random.Generator, repeats: int = 5,
+    rng: np.random.Generator, repeats: int = 15,
 ) -> dict[str, float]:  # fmt: skip
     """Milliseconds of one request for n items with random codes, best of `repeats`."""
 
