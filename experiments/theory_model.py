@@ -279,7 +279,8 @@ def retrieval(seen: Trained, rng: np.random.Generator) -> list[Check]:
     shifted = tables - tables.max(2, keepdims=True)  # a digit's normaliser ranks nothing
     logs = shifted - np.log(np.exp(shifted).sum(2, keepdims=True))
     overlap = (codes[0][:, None] == codes[0][None]).mean(-1)
-    graph = np.argsort(-overlap, axis=1, kind="stable")[:, :16]
+    edges = min(16, max(2, len(overlap) // 10))
+    graph = np.argsort(-overlap, axis=1, kind="stable")[:, :edges]
     start = rng.integers(len(graph), size=4)
     return [
         memory_of(seen),
