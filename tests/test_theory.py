@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import bounds, bounds_learning, bounds_retrieval
+from experiments import bounds, bounds_learning, bounds_retrieval, find_mode
 from experiments.bounds import Check, make_tables
 from experiments.theory import run_theory
 from experiments.theory_random import (
@@ -79,8 +80,6 @@ def test_largest_remainders_are_the_nearest_grid_point(seed: int, modalities: in
     np.testing.assert_allclose(mine.sum(1), 1)
     np.testing.assert_allclose(mine * r, np.rint(mine * r), atol=1e-9)
     if modalities <= 3:
-        import torch
-
         grid = simplex_grid(modalities, r)
         theirs = grid[nearest_grid_point(torch.from_numpy(weights.T).float(), grid)].numpy()
         far = [np.linalg.norm(x - weights, axis=1) for x in (mine, theirs)]
@@ -341,7 +340,7 @@ def test_theory_refuses_what_the_theorems_are_not_about(tmp_path, small_flags, c
 @pytest.mark.slow
 def test_theory_writes_bounds_and_figures(tmp_path, small_flags, capsys) -> None:
     folders = [f"--{name}_dir={tmp_path / name}" for name in ("save", "log", "data")]
-    assert run_theory is not None
+    assert find_mode("theory") is run_theory
     assert main(["--mode", "theory", "--epochs", "1", *folders, *small_flags]) == 0
     (folder,) = [path for path in (tmp_path / "save").iterdir() if path.is_dir()]
     content = json.loads((folder / "theory.json").read_text())
