@@ -89,10 +89,9 @@ def test_largest_remainders_are_the_nearest_grid_point(seed: int, modalities: in
 
 @pytest.mark.parametrize(("modalities", "half"), [(2, 1), (3, 1), (4, 2), (5, 2)])
 def test_rounding_radius_is_attained(modalities: int, half: int) -> None:
-    weights = np.full((1, modalities), half / modalities)
-    weights[0, 0] += 1 - half  # sums to 1 with all fractional parts half / M, at r = 1
-    weights = (weights + np.eye(modalities)[0]) / (weights + np.eye(modalities)[0]).sum()
-    r = round(1 / (weights[0, 1] / (half / modalities)))
+    r = 4
+    weights = np.full((1, modalities), half / modalities / r)  # all fractional parts are half / M
+    weights[0, 0] += (r - half) / r
     found = bounds.rounding(weights, r)
     np.testing.assert_allclose(found.measured, found.bound, rtol=1e-6)
 
