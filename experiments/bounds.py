@@ -46,7 +46,7 @@ class Check(NamedTuple):
             "instances": int(np.size(self.measured)),
             "bound": float(bound),
             "measured": float(measured),
-            "trivial": float(np.mean(self.trivial)),
+            "trivial": float(np.mean(self.trivial)) if np.isfinite(self.trivial).all() else None,
             "violations": int((self.excess() > _NOISE).sum()),
             "tightness": float(small / large) if large > 0 else 1.0,
             "informative": float(np.mean(better)),

@@ -119,11 +119,12 @@ def _print(content: dict[str, Any]) -> int:
             print(f"{theorem}: {TITLES[number]}")
             for name, found in checks.items():
                 sign = ">" if found["kind"] == "lower" else "<"
+                trivial = "-" if found["trivial"] is None else f"{found['trivial']:.5g}"
                 bad = f"  VIOLATED {found['violations']} times" if found["violations"] else ""
                 violated += bool(bad)
                 print(
                     f"  {name:40} {sign} {found['bound']:11.5g} {found['measured']:11.5g}"
-                    f" {found['trivial']:11.5g} {found['tightness']:6.2f}"
+                    f" {trivial:>11} {found['tightness']:6.2f}"
                     f" {found['informative']:5.0%}{bad}"
                 )
     print("\n< measured is at most the bound, > at least; says: share of instances on which the")
