@@ -84,14 +84,21 @@ def decreases(
     ways["task"] = task
     weight = joint.tokens.weight
     with torch.no_grad():
-        before = float(PMAT.loss(joint, batch)["item"])
+        before = task_loss(joint, batch)
         kept, found = weight.clone(), {}
         for name, way in ways.items():
             way = torch.from_numpy(unit(way)).to(weight).view_as(weight)
             weight.copy_(kept - length * kept.norm() * way)
-            found[name] = before - float(PMAT.loss(joint, batch)["item"])
+            found[name] = before - task_loss(joint, batch)
         weight.copy_(kept)
     return found
+
+
+def task_loss(joint: PMATWithMCRL, batch: Batch) -> float:
+    """The item loss alone, with the same sampled items in every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return float(PMAT.loss(joint, batch)["item"])
 
 
 def inter_pull(joint: PMATWithMCRL, batch: Batch, rng: np.random.Generator) -> Check:
