@@ -2,8 +2,8 @@
 
 Order, later wins: the dataclass defaults below, what the mode asks for (MODE_DEFAULTS), the data
 set's and the model's presets (DATASET_PRESETS, MODEL_PRESETS), `--config file.yaml`,
-`--set key=value`, the command-line flags. In `quick` mode the mode's epochs and batch size beat the
-presets, so that a smoke test stays one.
+`--set key=value`, the command-line flags. In `quick` and `theory` mode the mode's epochs (and batch
+size) beat the presets, so that a short run stays one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def setting(default: Any, note: str) -> Any:
 # --------------------------------------------------------------------------- run, data, training
 
 MOCK_DIMS = {"visual": 32, "text": 48, "audio": 16}
-MODES = ("quick", "baseline", "ablation", "hyper", "mcrl", "full", "report")
+MODES = ("quick", "baseline", "ablation", "hyper", "mcrl", "full", "theory", "report")
 
 
 @dataclass
@@ -528,6 +528,7 @@ class Config:
 
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "quick": {"train.epochs": 2, "train.batch_size": 64},
+    "theory": {"train.epochs": 3},
 }
 
 # Models of a mode when the command names none; mode baseline takes all.
@@ -855,7 +856,7 @@ def build_config(
     presets |= MODE_DATA_PRESETS.get((mode, name), {})
     config = Config()
     for source, layer in (
-        ("config.py", presets | by_mode if mode == "quick" else by_mode | presets),
+        ("config.py", presets | by_mode if mode in ("quick", "theory") else by_mode | presets),
         ("--config", overlay),
         ("command line", flags),
     ):

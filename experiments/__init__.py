@@ -14,6 +14,7 @@ MODES = {
     "hyper": "experiments.hyper:hyper",
     "mcrl": "experiments.mcrl:run_mcrl_experiment",
     "full": "experiments.full:full",
+    "theory": "experiments.theory:run_theory",
     "report": "experiments.modes:rebuild",
 }
 
