@@ -567,8 +567,8 @@ REAL_PMAT = {
     "pmat.behaviour": True,
     "pmat.shared_digits": 32,
     "pmat.grid": 2,
-    "pmat.negatives": 512,
-    "pmat.dropout": 0.3,
+    "pmat.negatives": 1024,
+    "pmat.dropout": 0.5,
 }
 
 # Few digits: where an ID can not hold everything about an item, what it leaves out matters.
