@@ -162,8 +162,8 @@ def followed(seen: Trained, rate: float, margin: float) -> list[tuple[Array, Arr
 
 
 def _look(server: Server, rows: Array) -> tuple[Array, Array]:
-    state = server.states[0]
-    return shares(array(state.weights).T[rows]), state.codes.numpy()[rows].copy()
+    items = server.states[0].items
+    return shares(array(items.weights).T[rows]), items.codes.numpy()[rows].copy()
 
 
 def updates(seen: Trained, rate: float = 0.5, margin: float = 0.5) -> list[Check]:
