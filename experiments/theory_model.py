@@ -41,7 +41,7 @@ class Trained:
         with torch.no_grad():
             view = model.view(self.batch)
             weights = model.modality_weights(view, torch.from_numpy(self.rows))
-            self.states = array(model.encode(self.batch)[0])  # [B, d]
+            self.states = array(model.last_states(self.batch))  # [B, d]
         self.contexts = array(view.context)  # [B, c]
         self.weights = shares(np.moveaxis(array(weights), 0, -1))  # [B, N, M]
         self.ids = model.item_ids(self.batch).numpy()[:, self.rows]  # [B, N, L]
@@ -231,7 +231,7 @@ def digit_scores(seen: Trained) -> tuple[Array, Array, Array]:
     batch = seen.histories(np.arange(len(pieces)), shorter)
     batch = batch._replace(users=torch.from_numpy(seen.users))
     with torch.no_grad():
-        states = array(seen.model.encode(batch)[0])
+        states = array(seen.model.last_states(batch))
     tables = np.einsum("bd,lkd->blk", states, seen.words())
     return targets.astype(np.int64), tables, seen.model.item_ids(batch).numpy()
 

@@ -239,6 +239,10 @@ class PMAT(PersonalTokenizer):
             states = states + self.prefix(contexts[:, 1:])
         return states, contexts
 
+    def last_states(self, batch: Batch) -> Tensor:
+        """h_u, the state after each whole history, [B, d]."""
+        return at_last(self.encode(batch)[0], batch.lengths)
+
     def generate(self, vectors: Tensor, batch: Batch) -> Tensor:
         """The sequence model on vectors [P, d] of all items of the histories: [B, T, d]."""
         B, T = batch.items.shape
@@ -355,8 +359,7 @@ class PMAT(PersonalTokenizer):
 
     def score(self, batch: Batch) -> Tensor:
         """[B, N] exact scores of all items, in blocks of items to bound memory."""
-        states, _ = self.encode(batch)
-        states, view = at_last(states, batch.lengths), self.view(batch)
+        states, view = self.last_states(batch), self.view(batch)
         rows = torch.arange(len(self.counts), device=states.device)
         numbers = _PAIR_NUMBERS.get(states.device.type, 256_000_000)
         block = max(1, numbers // (len(self.grid) * max(len(states), 1)))
