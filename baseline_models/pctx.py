@@ -282,7 +282,8 @@ class Pctx(Seq2SeqRecommender):
     def score(self, batch: Batch) -> Tensor:
         """[B, N]: of one reading the log-probability, summed over IDs; of several the votes."""
         readings = []
-        for self.reading in range(self.own.passes):
+        for reading in range(self.own.passes):
+            self.reading = reading
             readings.append(super().score(batch))
         return readings[0] if len(readings) == 1 else votes(readings, self.own.beams)
 

@@ -1,4 +1,4 @@
-"""MMQ: experts, gates, losses against hand-computed values, codebook use, gradients of stage two."""
+"""MMQ: experts, gates, losses against hand-computed values, codebook use, stage two."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from config import MMQ as Settings
 from config import Config
 
 SMALL: dict[str, Any] = {
-    "codes": 16, "width": 12, "stage_one_steps": 200, "stage_one_batch": 128,
+    "codes": 16, "expert_width": 12, "tokenizer_steps": 200, "stage_one_batch": 128,
 }  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_stage_one_rebuilds_items_and_uses_its_codebooks() -> None:
     before = sum(made.losses(x, present, 1.0, 1.0).values())
     train_tokenizer(made, x, present, random())
     parts = made.losses(x, present, 1.0, 1.0)
-    assert float(sum(parts.values())) < 0.5 * float(before)
+    assert sum(parts.values()).item() < 0.5 * before.item()
     codes = made.encode(x)
     assert usage(codes, 16) > 0.95
     shares = torch.bincount(codes[:, 0], minlength=16) / len(codes)
