@@ -200,7 +200,17 @@ class DecoderOnly:
 
 
 @dataclass
-class TIGER(Seq2Seq):
+class AutoencoderIDs(Seq2Seq):
+    """The autoencoder of TIGER, LETTER and CoFiRec; sizes of TIGER's paper."""
+
+    latent: int = number(32, 1, 4096, "width of what is quantised")
+    hidden: int = number(512, 1, 65536, "widest layer")
+    depth: int = number(3, 1, 16, "hidden layers, each half as wide as the one before")
+    tokenizer_steps: int = number(20_000, 0, 10_000_000, "training steps of an autoencoder")
+
+
+@dataclass
+class TIGER(AutoencoderIDs):
     """baseline_models/tiger.py; the paper has 2,000 user tokens and RQ-VAE IDs."""
 
     digits: int = number(3, 1, 1024, "levels; one more digit tells equal items apart")
@@ -209,10 +219,34 @@ class TIGER(Seq2Seq):
         "kmeans", ("kmeans", "rqvae", "random"), "residual k-means, RQ-VAE, or the control"
     )
     features: str = choice("all", ("all", "text"), "what IDs are made of: all modalities, or text")
-    latent: int = number(32, 1, 4096, "rqvae: width of what is quantised")
-    hidden: int = number(512, 1, 65536, "rqvae: widest layer")
-    depth: int = number(3, 1, 16, "rqvae: hidden layers, each half as wide as the one before")
-    tokenizer_steps: int = number(2000, 0, 10_000_000, "rqvae: training steps")
+
+
+@dataclass
+class LETTER(AutoencoderIDs):
+    """baseline_models/letter.py; sizes of the paper."""
+
+    hidden: int = number(2048, 1, 65536, "widest layer")
+    depth: int = number(6, 1, 16, "hidden layers, each half as wide as the one before")
+    digits: int = number(4, 2, 1024, "levels of codebooks")
+    features: str = choice("all", ("all", "text"), "what IDs are made of: all modalities, or text")
+    alpha: float = number(0.02, 0.0, 1e3, "weight of the alignment with collaborative vectors")
+    beta: float = number(1e-4, 0.0, 1e3, "weight of the diversity of codewords")
+    groups: int = number(10, 1, 10_000, "clusters of codewords that diversity works in")
+    window: int = number(5, 1, 10_000, "items this near in a history count as met")
+    temperature: float = number(0.8, 1e-3, 100.0, "tau of the token loss; 1 is plain")
+
+
+@dataclass
+class CoFiRec(AutoencoderIDs):
+    """baseline_models/cofirec.py"""
+
+    collaborative: bool = setting(True, "a token made of co-occurrence, after those of features")
+    behaviour: int = number(64, 1, 4096, "width of the vectors that it is made of")
+    window: int = number(5, 1, 10_000, "items this near in a history count as met")
+    order: str = choice(
+        "coarse", ("coarse", "fine"), "coarse to fine as in the paper, or the other way round"
+    )
+    temperature: float = number(0.8, 1e-3, 100.0, "tau of the token loss; 1 is plain")
 
 
 @dataclass
@@ -350,6 +384,8 @@ class Config:
     bsarec: BSARec = field(default_factory=BSARec)
     rpg: RPG = field(default_factory=RPG)
     tiger: TIGER = field(default_factory=TIGER)
+    letter: LETTER = field(default_factory=LETTER)
+    cofirec: CoFiRec = field(default_factory=CoFiRec)
     fusid: FusID = field(default_factory=FusID)
     mmq: MMQ = field(default_factory=MMQ)
     pctx: Pctx = field(default_factory=Pctx)

@@ -11,6 +11,8 @@ MODELS = {
     "bsarec": "baseline_models.bsarec:BSARec",
     "rpg": "baseline_models.rpg:RPG",
     "tiger": "baseline_models.tiger:TIGER",
+    "letter": "baseline_models.letter:LETTER",
+    "cofirec": "baseline_models.cofirec:CoFiRec",
     "fusid": "baseline_models.fusid:FusID",
     "mmq": "baseline_models.mmq:MMQ",
     "pctx": "baseline_models.pctx:Pctx",

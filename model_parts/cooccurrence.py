@@ -125,3 +125,17 @@ def cooccurrence_vectors(met: Cooccurrence, width: int, generator: torch.Generat
     strongest = values.abs().argsort(descending=True)[:rank]
     vectors = basis @ axes[:, strongest] * values[strongest].abs().sqrt()
     return F.pad(vectors, (0, width - rank))
+
+
+def behaviour_vectors(
+    train: Any, n_items: int, width: int, window: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Collaborative vectors of all items [N, width], and which items have one [N].
+
+    `cooccurrence_vectors` of items at most `window` steps apart, in units of their mean square.
+    """
+    met = count_pairs(train, n_items, window, generator)
+    vectors = cooccurrence_vectors(met, width, generator)
+    known = met.totals > 0
+    scale = vectors[known].square().mean().sqrt() if bool(known.any()) else torch.tensor(1.0)
+    return vectors / scale.clamp(min=1e-12), known

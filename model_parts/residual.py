@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_parts.quantisers import Quantised, assign, kmeans
+from model_parts.stage_one import minimise
 
 # Pull of a vector to its codeword against that of the codeword to the vector (TIGER, LETTER).
 COMMITMENT = 0.25
@@ -172,30 +173,29 @@ def train_autoencoder(
     lr: float = 1e-3,
     extra: Callable[[Tensor, Quantised], Tensor] | None = None,
 ) -> None:
-    """Train on points [P, d] for a number of steps, with AdamW and codes revived as they die.
+    """Train on points [P, d] for a number of steps; codes are revived as they die.
 
     `extra(rows [B], latent)` adds to the loss; `latent` is what `quantise` returned for those rows.
+    Raises ValueError without points.
     """
     if not len(points):
-        raise ValueError("an autoencoder needs at least one point")
+        raise ValueError("an autoencoder needs at least one item with features in the train part")
     model.start(points, generator)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     used = torch.zeros(model.codebooks.shape[:2], dtype=torch.bool, device=points.device)
-    for step in range(1, steps + 1):
+
+    def loss(step: int) -> Tensor:
         rows = torch.randint(len(points), (min(batch_size, len(points)),), generator=generator)
         chunk = points[rows]
-        latent = model.quantise(model.encoder(chunk))
-        loss = F.mse_loss(model.decoder(latent.quantised), chunk) + latent.loss
-        if extra is not None:
-            loss = loss + extra(rows.to(points.device), latent)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        used.scatter_(1, latent.codes.T, True)
         # not in the last steps: a code that has just been moved must find its place
-        if step % _REVIVE_EVERY == 0 and step + _REVIVE_EVERY <= steps:
+        if step and step % _REVIVE_EVERY == 0 and step + _REVIVE_EVERY < steps:
             revive(model.codebooks, used, model.leftovers(chunk), generator)
             used.zero_()
+        latent = model.quantise(model.encoder(chunk))
+        used.scatter_(1, latent.codes.T, True)
+        total = F.mse_loss(model.decoder(latent.quantised), chunk) + latent.loss
+        return total if extra is None else total + extra(rows.to(points.device), latent)
+
+    minimise(model, loss, steps, lr, weight_decay=1e-4)
 
 
 @torch.no_grad()
