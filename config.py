@@ -419,6 +419,54 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "ml-1m": {"data.k_core": 5},
 }
 
+
+def _id_writer(name: str, **mock: Any) -> dict[str, dict[str, Any]]:
+    """Presets of an encoder-decoder that writes IDs, in sizes for two CPU cores.
+
+    The dataclasses above have the sizes of the papers. `mock` adds to the preset of that data set.
+    """
+    everywhere = {
+        "width": 96,
+        "layers": 2,
+        "attention_heads": 4,
+        "head_width": 24,
+        "inner": 384,
+        "hidden": 256,
+        "depth": 2,
+        "tokenizer_steps": 1500,
+    }
+    small = {
+        "width": 64,
+        "layers": 1,
+        "attention_heads": 2,
+        "head_width": 32,
+        "inner": 128,
+        "codes": 32,
+        "beams": 30,
+        "hidden": 128,
+        "depth": 1,
+        "tokenizer_steps": 300,
+    } | mock
+    return {
+        "*": {
+            "train.lr": 2e-3,
+            "train.batch_size": 256,
+            "train.schedule": "cosine",
+            "train.warmup_steps": 500,
+            "train.epochs": 20,
+            "train.eval_every": 4,
+        }
+        | {f"{name}.{key}": value for key, value in everywhere.items()},
+        "mock": {
+            "train.lr": 3e-3,
+            "train.batch_size": 128,
+            "train.warmup_steps": 50,
+            "train.epochs": 12,
+        }
+        | {f"{name}.{key}": value for key, value in small.items()},
+    }
+
+
 # By model; under "*" for every data set, else by the data set's name.
 MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "sasrec": {
@@ -441,6 +489,9 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
         "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
     },
+    "tiger": _id_writer("tiger"),
+    "letter": _id_writer("letter", digits=3),
+    "cofirec": _id_writer("cofirec"),
     "fusid": {
         # sizes for two CPU cores; the dataclasses above have those of the papers
         "*": {
@@ -482,7 +533,7 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "mmq": {
         "*": {
             "data.max_history": 20,
-            "train.lr": 1e-3,
+            "train.lr": 2e-3,
             "train.batch_size": 128,
             "train.schedule": "cosine",
             "train.warmup_steps": 1000,
@@ -504,6 +555,11 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train.batch_size": 64,
             "train.lr": 3e-3,
             "train.warmup_steps": 50,
+            "mmq.width": 64,
+            "mmq.layers": 1,
+            "mmq.attention_heads": 2,
+            "mmq.head_width": 32,
+            "mmq.inner": 128,
             "mmq.codes": 32,
             "mmq.expert_width": 32,
             "mmq.tokenizer_steps": 200,
@@ -513,21 +569,21 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "pctx": {
         "*": {
             "data.max_history": 20,
-            "train.lr": 1e-3,
+            "train.lr": 2e-3,
             "train.batch_size": 256,
             "train.schedule": "cosine",
             "train.warmup_steps": 500,
             "train.weight_decay": 0.05,
-            "train.epochs": 16,
+            "train.epochs": 12,
             "train.eval_every": 4,
             "train.patience": 2,
             "pctx.context": 64,
-            "pctx.tokenizer_steps": 3000,
-            "pctx.width": 64,
+            "pctx.tokenizer_steps": 2000,
+            "pctx.width": 96,
             "pctx.layers": 2,
             "pctx.attention_heads": 4,
-            "pctx.head_width": 16,
-            "pctx.inner": 256,
+            "pctx.head_width": 24,
+            "pctx.inner": 384,
             "pctx.beams": 20,
             "pctx.passes": 3,
         },
@@ -537,6 +593,11 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train.batch_size": 64,
             "train.lr": 3e-3,
             "train.warmup_steps": 50,
+            "pctx.width": 64,
+            "pctx.layers": 1,
+            "pctx.attention_heads": 2,
+            "pctx.head_width": 32,
+            "pctx.inner": 128,
             "pctx.codes": 32,
             "pctx.context": 32,
             "pctx.tokenizer_steps": 200,

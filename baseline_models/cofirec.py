@@ -5,11 +5,11 @@ Paper: Wei et al., CoFiRec: Coarse-to-Fine Tokenization for Generative Recommend
 sequence of semantic levels, category, title, description, each quantised by a VQ codebook of its
 own, and a collaborative token at last; the generator writes it from coarse to fine, with LETTER's
 ranking-guided loss.
-Levels here are the modalities that the data have: `category` first, then `text`, then the others in
-the order of the catalogue (pictures and sound say more than words), at last the collaborative token,
-made of co-occurrence in train (the paper takes the vectors of a trained CF model). `order=fine`
-turns the levels round. A modality that an item lacks is the zero vector, so that all such items
-share a code; an item without any feature gets random ones.
+Levels here are the modalities that the data have: `category` first, then `text`, then the others
+in the order of the catalogue (pictures and sound say more than words), at last the collaborative
+token, made of co-occurrence in train (the paper takes the vectors of a trained CF model).
+`order=fine` turns the levels round. A modality that an item lacks is the zero vector, so that all
+such items share a code; an item without any feature gets random ones.
 Differs: a digit that tells items with equal codes apart comes after all levels (independent levels
 collide more than residual ones); a VQ is a VQ-VAE of a number of steps. Generator: see tiger.py.
 Checked against: Beauty R@10 .0627 / N@10 .0321 (a re-run with 30 beams; the paper's own table could
@@ -60,7 +60,7 @@ class CoFiRec(Seq2SeqRecommender):
         in_train = rows_in_train(data.train, data.n_items)
         codes, known = [], torch.zeros(data.n_items, dtype=torch.bool)
         for name in coarse_to_fine(modalities):
-            vectors, has = item_vectors({name: modalities[name]}, in_train, 0, whiten=True)
+            vectors, has = item_vectors({name: modalities[name]}, in_train, 0, whiten=False)
             codes.append(self._quantise(vectors, in_train & has, generator))
             known |= has
         random = torch.randint(self.n_codes, (len(codes), data.n_items), generator=generator)

@@ -66,7 +66,7 @@ class LETTER(Seq2SeqRecommender):
         own = self.own
         modalities = chosen_modalities(data.catalogue, own.features, "LETTER")
         in_train = rows_in_train(data.train, data.n_items)
-        vectors, known = item_vectors(modalities, in_train, 0, whiten=True)
+        vectors, known = item_vectors(modalities, in_train, 0, whiten=False)
         behaviour = behaviour_vectors(data.train, data.n_items, own.latent, own.window, generator)
         fitted = in_train & known
         model = RQVAE(

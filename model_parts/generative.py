@@ -111,7 +111,7 @@ class GenerativeRecommender(Recommender):
         """[B, N] log-probability of each item that a beam ended at, `NOT_FOUND` elsewhere."""
         memory, start = self.read(batch)
         trie = self.trie()
-        beams = beam_search(_Writer(self, memory, start), trie, self.own.beams)
+        beams = beam_search(Writer(self, memory, start), trie, self.own.beams)
         return trie.item_scores(beams.leaves, beams.scores) + self.tie_break
 
     def item_ids(self, batch: Batch | None = None) -> Tensor:
@@ -123,8 +123,8 @@ class GenerativeRecommender(Recommender):
         return super().describe() | {"unique_ids": 1 - colliding_share(self.codes)}
 
 
-class _Writer:
-    """`beam.Decoder` of a model for the histories of one batch."""
+class Writer:
+    """`beam.Decoder` of a model for the histories of one batch; good for one search."""
 
     def __init__(self, model: GenerativeRecommender, memory: Memory, start: Tensor) -> None:
         self.model, self.memory, self.first = model, memory, start
@@ -132,9 +132,11 @@ class _Writer:
         self.digit = 0
 
     def start(self) -> Tensor:
+        """See `beam.Decoder`."""
         return self._next(self.first)
 
     def advance(self, parents: Tensor, codes: Tensor) -> Tensor:
+        """See `beam.Decoder`."""
         self.cache = keep_beams(self.cache, parents)
         rows = codes + self.model.n_codes * (self.digit - 1)
         return self._next(self.model.tokens(rows)[:, :, None])
