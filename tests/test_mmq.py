@@ -20,6 +20,7 @@ from baseline_models.mmq import (
 )
 from config import MMQ as Settings
 from config import Config
+from experiments.training import Trainer
 from model_parts.base import Batch
 
 SMALL: dict[str, Any] = {
@@ -241,6 +242,18 @@ def test_the_tokenizer_learns_more_slowly() -> None:
     rates = {id(p): group["rate"] for group in model.parameter_groups() for p in group["params"]}
     assert rates.keys() == {id(p) for p in model.parameters()}
     assert rates[id(model.tokenizer.shared.last)] == 0.1 and rates[id(model.tokens.weight)] == 1.0
+
+
+def test_the_loop_takes_over_the_share_of_the_learning_rate(tiny, task, tmp_path) -> None:
+    config = tiny("mmq", {"train.epochs": 1, "mmq.tune_rate": 0.25})
+    model = MMQ(config, task.dataset.catalogue)
+    trainer = Trainer(
+        model, task.split.train, config, tmp_path, torch.device("cpu"),
+        lambda: {"ndcg@10": 0.0}, "data",
+    )  # fmt: skip
+    trainer.fit()
+    whole, tokenizer = (group["lr"] for group in trainer.optimiser.param_groups)
+    assert tokenizer == pytest.approx(0.25 * whole) and whole > 0
 
 
 def test_of_items_that_share_an_id_the_popular_one_comes_first() -> None:

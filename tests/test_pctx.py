@@ -12,7 +12,7 @@ import torch
 from baseline_models.pctx import Pctx, PersonalIDs, fuse, make_ids, merge_by_item, votes
 from config import Config
 from config import Pctx as Settings
-from model_parts.base import Batch, TrainingData
+from model_parts.base import Batch, TrainingData, count_parameters
 from model_parts.contexts import Condensed
 from model_parts.trie import NOT_FOUND
 
@@ -144,6 +144,12 @@ def some_model(**own: Any) -> Pctx:
     )  # fmt: skip
     model.set_codes(model.ids.codes[model.ids.main])
     return model.eval()
+
+
+def test_the_generator_has_the_size_of_tigers() -> None:
+    with torch.device("meta"):
+        model = Pctx(Config())
+    assert count_parameters(model) == 4_590_976
 
 
 def some_batch() -> Batch:
