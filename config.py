@@ -551,8 +551,8 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "mmq.beams": 20,
         },
         "mock": {
-            "train.epochs": 4,
-            "train.batch_size": 64,
+            "train.epochs": 8,
+            "train.batch_size": 128,
             "train.lr": 3e-3,
             "train.warmup_steps": 50,
             "mmq.width": 64,
@@ -563,7 +563,7 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "mmq.codes": 32,
             "mmq.expert_width": 32,
             "mmq.tokenizer_steps": 200,
-            "mmq.tune_epochs": 2,
+            "mmq.tune_epochs": 3,
         },
     },
     "pctx": {
@@ -588,9 +588,9 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "pctx.passes": 3,
         },
         "mock": {
-            "train.epochs": 5,
-            "train.eval_every": 1,
-            "train.batch_size": 64,
+            "train.epochs": 12,
+            "train.eval_every": 3,
+            "train.batch_size": 128,
             "train.lr": 3e-3,
             "train.warmup_steps": 50,
             "pctx.width": 64,
