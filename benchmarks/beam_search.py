@@ -47,7 +47,7 @@ class Table:
 
     def advance(self, parents: Tensor, codes: Tensor) -> Tensor:
         """See beam.Decoder."""
-        return self.next[codes]
+        return torch.embedding(self.next, codes)
 
 
 def allowed_codes(codes: Tensor) -> dict[tuple[int, ...], list[int]]:
