@@ -433,7 +433,7 @@ def _id_writer(name: str, **mock: Any) -> dict[str, dict[str, Any]]:
         "inner": 384,
         "hidden": 256,
         "depth": 2,
-        "tokenizer_steps": 1500,
+        "tokenizer_steps": 1000,
     }
     small = {
         "width": 64,
