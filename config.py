@@ -433,7 +433,7 @@ def _id_writer(name: str, **mock: Any) -> dict[str, dict[str, Any]]:
         "inner": 384,
         "hidden": 256,
         "depth": 2,
-        "tokenizer_steps": 1500,
+        "tokenizer_steps": 1000,
     }
     small = {
         "width": 64,
@@ -442,6 +442,7 @@ def _id_writer(name: str, **mock: Any) -> dict[str, dict[str, Any]]:
         "head_width": 32,
         "inner": 128,
         "codes": 32,
+        "history": 10,
         "beams": 30,
         "hidden": 128,
         "depth": 1,
@@ -461,7 +462,8 @@ def _id_writer(name: str, **mock: Any) -> dict[str, dict[str, Any]]:
             "train.lr": 3e-3,
             "train.batch_size": 128,
             "train.warmup_steps": 50,
-            "train.epochs": 12,
+            "train.epochs": 10,
+            "train.eval_every": 5,
         }
         | {f"{name}.{key}": value for key, value in small.items()},
     }
@@ -489,7 +491,7 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "*": {"train.lr": 1e-3, "train.batch_size": 256, "train.epochs": 100},
         "mock": {"train.epochs": 15, "pmat.dropout": 0.2, "pmat.codes": 32},
     },
-    "tiger": _id_writer("tiger"),
+    "tiger": _id_writer("tiger", digits=2),
     "letter": _id_writer("letter", digits=3),
     "cofirec": _id_writer("cofirec"),
     "fusid": {
