@@ -32,7 +32,7 @@ from model_parts.base import TrainingData
 from model_parts.cooccurrence import (
     Cooccurrence,
     are_strangers,
-    cooccurrence_vectors,
+    behaviour_vectors,
     count_pairs,
     frequent_partners,
 )
@@ -177,8 +177,9 @@ def build_ids(
     `interactions` [N] are counts of the train part.
     """
     in_train = interactions > 0
-    near = count_pairs(data.train, data.n_items, _WORD2VEC_WINDOW, generator)
-    behaviour = cooccurrence_vectors(near, own.behaviour, generator)
+    behaviour, _ = behaviour_vectors(
+        data.train, data.n_items, own.behaviour, _WORD2VEC_WINDOW, generator
+    )
     inputs = item_inputs(data.catalogue, in_train, behaviour).to(device)
     met = count_pairs(data.train, data.n_items, own.window, generator)
     pairs = Pairs(*frequent_partners(met, interactions, own.partners), met)

@@ -103,7 +103,7 @@ class PersonalIDs(nn.Module):
         candidate = self.begin[rows][point] + place
         distance = (contexts[point] - self.vectors[candidate]).square().sum(1)
         widest = int(sizes.max()) if len(rows) else 1
-        table = contexts.new_full((len(rows), widest), float("inf"))
+        table = distance.new_full((len(rows), widest), float("inf"))
         table[point, place] = distance
         return self.id_of_context[self.begin[rows] + table.argmin(1)]
 

@@ -47,7 +47,7 @@ class Table:
 
     def advance(self, parents: Tensor, codes: Tensor) -> Tensor:
         """See beam.Decoder."""
-        return self.next[codes]
+        return torch.embedding(self.next, codes)
 
 
 def allowed_codes(codes: Tensor) -> dict[tuple[int, ...], list[int]]:
@@ -81,14 +81,15 @@ def callback_search(
     return ids, scores
 
 
-def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """The fastest of some runs."""
-    times = []
+def seconds(*works: Callable[[], object], repeats: int = 3) -> list[float]:
+    """The fastest of some runs of each; they take turns, so that a busy machine hits all alike."""
+    times: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for work, own in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            own.append(time.perf_counter() - start)
+    return [min(own) for own in times]
 
 
 def same(beams: Beams, codes: Tensor, ids: Tensor, scores: Tensor) -> bool:
@@ -107,8 +108,9 @@ def compare(label: str, make: Callable[[], Decoder], codes: Tensor, trie: Trie, 
     """Check that both searches agree, then print their times and the ratio."""
     look_up = allowed_codes(codes).__getitem__
     assert same(beam_search(make(), trie, width), codes, *callback_search(make(), look_up, width))
-    slow = seconds(lambda: callback_search(make(), look_up, width))
-    fast = seconds(lambda: beam_search(make(), trie, width))
+    slow, fast = seconds(
+        lambda: callback_search(make(), look_up, width), lambda: beam_search(make(), trie, width)
+    )
     print(
         f"{label:<18}tensors {1e3 * fast:8.1f} ms   callback {1e3 * slow:8.1f} ms   "
         f"ratio {slow / fast:.1f}"

@@ -39,20 +39,22 @@ class Beams(NamedTuple):
 def beam_search(decoder: Decoder, trie: Trie, width: int) -> Beams:
     """The `width` best IDs by the sum of their digits' log-probabilities."""
     table = decoder.start()
-    nodes = torch.zeros(table.shape[:2], dtype=torch.int64, device=table.device)
+    nodes = torch.zeros_like(table[:, :, 0], dtype=torch.int64)
     scores = table.new_zeros(table.shape[:2])
     last = len(trie.levels) - 1
     for level in range(last + 1):
         options = trie.children(level, nodes)  # [B, W, C]
-        totals = scores[:, :, None] + table.gather(2, options.codes)
-        totals = totals.masked_fill(~options.exist, float("-inf")).flatten(1)
+        totals = table.gather(2, options.codes).add_(scores[:, :, None])
+        totals = totals.masked_fill_(~options.exist, float("-inf")).flatten(1)
         # never more beams than prefixes of this length exist
-        kept = min(width, totals.shape[1], len(trie.levels[level].codes))
+        kept = min(width, totals.shape[1], trie.levels[level].n_children)
         scores, chosen = totals.topk(kept, dim=1)
-        nodes = options.nodes.flatten(1).gather(1, chosen)
+        parents, rank = chosen // options.codes.shape[2], chosen % options.codes.shape[2]
+        nodes = options.first.gather(1, parents) + rank
+        # a beam that led nowhere has score -inf and must still point at something
+        nodes = nodes.clamp(max=trie.levels[level].n_children - 1)
         if level < last:
-            codes = options.codes.flatten(1).gather(1, chosen)
-            table = decoder.advance(chosen // options.codes.shape[2], codes)
+            table = decoder.advance(parents, options.codes.flatten(1).gather(1, chosen))
     return Beams(nodes, scores)
 
 

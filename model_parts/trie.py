@@ -5,8 +5,9 @@
     trie.item_scores(leaves [B, W], scores [B, W])     [B, N]
 
 An item may have several IDs (their probabilities are added) and an ID several items (they tie).
-The distinct IDs are sorted, so the children of a node lie side by side: a node is a row of a CSR
-table, and a child is found by adding its rank to the start of the row. Memory is O(I L).
+The distinct IDs are sorted, so the children of a node lie side by side and have consecutive
+numbers. A level is one padded table of codes, a row for each node: memory is nodes times the most
+children of a node, and looking up what all beams may continue with copies rows.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ NOT_FOUND = torch.finfo(torch.float32).min
 
 
 class Level(NamedTuple):
-    """The step from all prefixes of one length to those with one digit more."""
+    """The step from all prefixes of one length (nodes) to those with one digit more (children)."""
 
-    starts: Tensor  # [nodes + 1] int64, the children of node n are starts[n] .. starts[n+1]-1
-    codes: Tensor  # [children] int64, the digit that leads to each child
-    widest: int  # children of the node that has most
+    codes: Tensor  # [nodes, C] int32, digits of the children, 0 behind the last one
+    counts: Tensor  # [nodes] int64, children
+    first: Tensor  # [nodes] int64, number of the first child
+
+    @property
+    def n_children(self) -> int:
+        """Prefixes with one digit more."""
+        return int(self.first[-1] + self.counts[-1])
 
 
 class Children(NamedTuple):
     """What each beam can continue with, C = most children of any node of the level."""
 
-    nodes: Tensor  # [B, W, C] int64
     codes: Tensor  # [B, W, C] int64
     exist: Tensor  # [B, W, C] bool
+    first: Tensor  # [B, W] int64, the node after the first code; the next ones follow
 
 
 class Trie:
@@ -52,11 +58,10 @@ class Trie:
     def children(self, level: int, nodes: Tensor) -> Children:
         """The continuations of nodes [B, W], which have `level` digits (0: the root, node 0)."""
         table = self.levels[level]
-        rank = torch.arange(table.widest, device=nodes.device)
-        begin = table.starts[nodes][:, :, None]
-        exist = begin + rank < table.starts[nodes + 1][:, :, None]
-        found = torch.where(exist, begin + rank, 0)
-        return Children(found, table.codes[found], exist)
+        rank = torch.arange(table.codes.shape[1], device=nodes.device)
+        exist = rank < table.counts[nodes][:, :, None]
+        codes = table.codes.index_select(0, nodes.flatten()).view(exist.shape)
+        return Children(codes.long(), exist, table.first[nodes])
 
     def item_scores(self, leaves: Tensor, scores: Tensor) -> Tensor:
         """Log-probability of every item [B, N] from that of leaves [B, W]; `NOT_FOUND` elsewhere.
@@ -87,8 +92,12 @@ def _levels(ids: Tensor) -> list[Level]:
     for digit in range(ids.shape[1]):
         new = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         new[1:] = differs[:, : digit + 1].any(1)
-        counts = torch.bincount(parents[new])
-        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        levels.append(Level(starts, ids[new, digit], int(counts.max())))
+        parent = parents[new]  # of every child
+        counts = torch.bincount(parent)
+        first = counts.cumsum(0) - counts
+        codes = torch.zeros(len(counts), int(counts.max()), dtype=torch.int32, device=ids.device)
+        rank = torch.arange(len(parent), device=ids.device) - first[parent]
+        codes[parent, rank] = ids[new, digit].int()
+        levels.append(Level(codes, counts, first))
         parents = new.cumsum(0) - 1
     return levels

@@ -74,9 +74,9 @@ def test_a_walk_through_the_trie_meets_every_id_and_no_other(n, digits, n_codes,
         further = {}
         for prefix, node in walks.items():
             found = trie.children(level, torch.tensor([[node]]))
-            for child, code, exists in zip(*(part[0, 0].tolist() for part in found), strict=True):
-                if exists:
-                    further[(*prefix, code)] = child
+            for rank, code in enumerate(found.codes[0, 0].tolist()):
+                if found.exist[0, 0, rank]:
+                    further[(*prefix, code)] = int(found.first) + rank
         walks = further
     assert set(walks) == set(map(tuple, codes.tolist()))
     for item, own in enumerate(codes.tolist()):  # and the leaf is the one of that item

@@ -136,16 +136,17 @@ def redundant_data(n_items: int = 300) -> TrainingData:
 
 
 SMALL: dict[str, Any] = {
-    "digits": 4, "codes": 24, "part": 8, "hidden": 32, "behaviour": 8, "fusion_steps": 150,
+    "digits": 4, "codes": 24, "part": 8, "hidden": 32, "behaviour": 8, "tokenizer_steps": 150,
     "pairs": 256,
 }  # fmt: skip
 
 
 def test_the_regulariser_lowers_conflicts_on_redundant_features() -> None:
     data, shares = redundant_data(), {}
+    interactions = torch.bincount(torch.tensor(data.train.items).long(), minlength=301)[1:]
     for alpha in (0.0, 0.2, 1.0):
         own = dataclasses.replace(Config().fusid, **SMALL, alpha=alpha)
-        ids = build_ids(data, own, torch.device("cpu"), random())
+        ids = build_ids(data, interactions, own, "cpu", random())
         assert ids.shape == (300, 4) and int(ids.min()) >= 0 and int(ids.max()) < 24
         shares[alpha] = colliding_share(ids)
     assert shares[0.2] < 0.9 * shares[0.0]

@@ -1,9 +1,10 @@
-"""MMQ: experts, gates, losses by hand, use of codebooks, gradients of stage two."""
+"""MMQ: experts, gates, losses against hand-computed values, codebook use, stage two."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from baseline_models.mmq import (
+    MMQ,
     EuclideanQuantiser,
     Experts,
     SharedSpecificTokenizer,
@@ -18,9 +20,11 @@ from baseline_models.mmq import (
 )
 from config import MMQ as Settings
 from config import Config
+from experiments.training import Trainer
+from model_parts.base import Batch
 
 SMALL: dict[str, Any] = {
-    "codes": 16, "width": 12, "stage_one_steps": 200, "stage_one_batch": 128,
+    "codes": 16, "expert_width": 12, "tokenizer_steps": 200, "stage_one_batch": 128,
 }  # fmt: skip
 
 
@@ -142,7 +146,7 @@ def test_stage_one_rebuilds_items_and_uses_its_codebooks() -> None:
     before = sum(made.losses(x, present, 1.0, 1.0).values())
     train_tokenizer(made, x, present, random())
     parts = made.losses(x, present, 1.0, 1.0)
-    assert float(sum(parts.values())) < 0.5 * float(before)
+    assert sum(parts.values()).item() < 0.5 * before.item()
     codes = made.encode(x)
     assert usage(codes, 16) > 0.95
     shares = torch.bincount(codes[:, 0], minlength=16) / len(codes)
@@ -164,3 +168,99 @@ def test_soft_codes_are_one_hot_in_value_and_soft_in_gradient() -> None:
     for name in ("quantiser.codebooks", "shared.last", "specific.0.last"):
         gradient = dict(made.named_parameters())[name].grad
         assert gradient is not None and float(gradient.abs().sum()) > 0, name
+
+
+def some_model(**own: Any) -> MMQ:
+    """200 items, random codebooks, no dropout."""
+    config = Config()
+    config.data.max_history = 5
+    sizes = {
+        "width": 16, "layers": 1, "attention_heads": 2, "head_width": 8, "inner": 16, "dropout": 0.0
+    }  # fmt: skip
+    config.mmq = dataclasses.replace(config.mmq, **(SMALL | sizes | {"tune_epochs": 2} | own))
+    x, present = items()
+    modalities = {"text": (x[:, :5], None), "visual": (x[:, 5:], None)}
+    torch.manual_seed(0)
+    model = MMQ(config, SimpleNamespace(item_ids=range(200), modalities=modalities))
+    torch.nn.init.normal_(model.tokenizer.quantiser.codebooks)
+    model.inputs.copy_(x)
+    model.present.copy_(present)
+    return model.train()
+
+
+def some_batch() -> Batch:
+    histories = torch.tensor([[1, 30, 2, 1], [7, 0, 0, 0], [150, 9, 0, 0]])
+    targets = torch.tensor([[0, 0, 0, 3], [8, 0, 0, 0], [0, 44, 0, 0]])
+    return Batch(torch.arange(3), histories, torch.tensor([4, 1, 2]), targets)
+
+
+def test_soft_histories_read_like_hard_ones() -> None:
+    model = some_model()
+    model.begin_epoch(0, random())
+    soft = model.loss(some_batch())
+    hard = model.eval().loss(some_batch())
+    assert soft.keys() == {"digits", "recon", "aux", "codebook"} and hard.keys() == {"digits"}
+    torch.testing.assert_close(soft["digits"], hard["digits"])
+
+
+def test_the_generators_loss_reaches_the_tokenizer_in_stage_two_only() -> None:
+    model = some_model()
+    for epoch in (0, 2):
+        model.zero_grad()
+        model.begin_epoch(epoch, random())
+        model.loss(some_batch())["digits"].backward()
+        reached = {
+            name for name, p in model.tokenizer.named_parameters()
+            if p.grad is not None and p.grad.any()
+        }  # fmt: skip
+        assert ({"quantiser.codebooks", "shared.last", "specific.1.first.weight"} <= reached) == (
+            epoch == 0
+        )
+    assert not any(p.requires_grad for p in some_model(tune_epochs=0).tokenizer.parameters())
+
+
+def test_ids_follow_the_tokenizer_once_an_epoch_and_are_frozen_after_stage_two() -> None:
+    model = some_model()
+
+    def codes_after(epoch: int) -> torch.Tensor:
+        with torch.no_grad():
+            model.tokenizer.quantiser.codebooks.copy_(
+                torch.randn(model.tokenizer.quantiser.codebooks.shape, generator=random(epoch))
+            )
+        model.begin_epoch(epoch, random())
+        return model.codes.clone()
+
+    first = codes_after(0)
+    assert torch.equal(first, codes_after(0)), "an epoch taken up again keeps its IDs"
+    second, last = codes_after(1), codes_after(2)
+    assert not torch.equal(first, second) and not torch.equal(second, last)
+    assert torch.equal(last, codes_after(3)) and torch.equal(last, codes_after(4))
+
+
+def test_the_tokenizer_learns_more_slowly() -> None:
+    model = some_model(tune_rate=0.1)
+    rates = {id(p): group["rate"] for group in model.parameter_groups() for p in group["params"]}
+    assert rates.keys() == {id(p) for p in model.parameters()}
+    assert rates[id(model.tokenizer.shared.last)] == 0.1 and rates[id(model.tokens.weight)] == 1.0
+
+
+def test_the_loop_takes_over_the_share_of_the_learning_rate(tiny, task, tmp_path) -> None:
+    config = tiny("mmq", {"train.epochs": 1, "mmq.tune_rate": 0.25})
+    model = MMQ(config, task.dataset.catalogue)
+    trainer = Trainer(
+        model, task.split.train, config, tmp_path, torch.device("cpu"),
+        lambda: {"ndcg@10": 0.0}, "data",
+    )  # fmt: skip
+    trainer.fit()
+    whole, tokenizer = (group["lr"] for group in trainer.optimiser.param_groups)
+    assert tokenizer == pytest.approx(0.25 * whole) and whole > 0
+
+
+def test_of_items_that_share_an_id_the_popular_one_comes_first() -> None:
+    model = some_model()
+    interactions = torch.ones(200)
+    interactions[[5, 9]] = torch.tensor([7.0, 3.0])
+    model.set_codes(torch.zeros(200, 6, dtype=torch.long), interactions)
+    scores = model.eval().score(some_batch())
+    assert bool((scores.topk(2).indices == torch.tensor([5, 9])).all())
+    assert float((scores.max(1).values - scores.min(1).values).max()) < 2e-3

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from baseline_models.pctx import PersonalIDs, fuse, make_ids, merge_by_item
+from baseline_models.pctx import Pctx, PersonalIDs, fuse, make_ids, merge_by_item, votes
 from config import Config
 from config import Pctx as Settings
+from model_parts.base import Batch, TrainingData, count_parameters
 from model_parts.contexts import Condensed
+from model_parts.trie import NOT_FOUND
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -116,3 +119,136 @@ def test_tables_of_any_length_can_be_loaded() -> None:
     assert torch.equal(fresh.codes, made.codes) and torch.equal(fresh.main, made.main)
     with pytest.raises(RuntimeError):
         fresh.load_state_dict({"codes": made.codes})
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
+def some_model(**own: Any) -> Pctx:
+    """Six items; the first has three IDs, the third has two, the others one."""
+    config = Config()
+    config.data.max_history = 5
+    small = {
+        "codes": 8, "digits": 3, "width": 16, "layers": 1, "attention_heads": 2, "head_width": 8,
+        "inner": 16, "dropout": 0.0, "context": 6, "context_layers": 1, "beams": 9, "passes": 1,
+        "replace": 0.0,
+    }  # fmt: skip
+    config.pctx = dataclasses.replace(config.pctx, **(small | own))
+    torch.manual_seed(0)
+    model = Pctx(config, SimpleNamespace(item_ids=list("abcdef")))
+    begin = torch.tensor([0, 3, 4, 6, 7, 8, 9])
+    model.ids.fill(
+        vectors=torch.randn(9, 6, generator=random()), begin=begin, first=begin,
+        id_of_context=torch.arange(9), weights=torch.tensor([2.0, 5, 1, 1, 3, 4, 1, 1, 1]),
+        codes=torch.randint(8, (9, 3), generator=random(2)),
+    )  # fmt: skip
+    model.set_codes(model.ids.codes[model.ids.main])
+    return model.eval()
+
+
+def test_the_generator_has_the_size_of_tigers() -> None:
+    with torch.device("meta"):
+        model = Pctx(Config())
+    assert count_parameters(model) == 4_590_976
+
+
+def some_batch() -> Batch:
+    items = torch.tensor([[1, 3, 2, 1], [3, 0, 0, 0], [5, 1, 0, 0]])
+    targets = torch.tensor([[0, 0, 0, 3], [1, 0, 0, 0], [0, 3, 0, 0]])
+    return Batch(torch.arange(3), items, torch.tensor([4, 1, 2]), targets)
+
+
+def log_probability(model: Pctx, batch: Batch, code: torch.Tensor) -> torch.Tensor:
+    """Of one ID [L] after each history, digit by digit: [B]."""
+    memory, start = model.read(batch)
+    codes = code.expand(len(batch.users), -1)
+    given = torch.cat([start[:, 0], model.tokens(model.code_rows(codes))[:, :-1]], dim=1)
+    states = model.network.decode(given[:, None], memory)[0][:, 0]
+    tables = model.digit_logits(states).log_softmax(2)  # [L, B, K]
+    return tables.gather(2, codes.T[:, :, None])[:, :, 0].sum(0)
+
+
+@torch.no_grad()
+def test_an_item_scores_the_sum_of_the_probabilities_of_its_ids() -> None:
+    model, batch = some_model(), some_batch()
+    each = torch.stack([log_probability(model, batch, code) for code in model.ids.codes], dim=1)
+    owned = [torch.logsumexp(part, dim=1) for part in each.split([3, 1, 2, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(model.score(batch), torch.stack(owned, dim=1), rtol=1e-4, atol=1e-4)
+
+
+def test_histories_are_read_by_context_or_at_random() -> None:
+    batch = some_batch()
+    seen = batch.items > 0
+    exact = some_model()
+    contexts = exact.encoder(batch.items)[seen]
+    wanted = exact.ids.codes[exact.ids.nearest(batch.items[seen] - 1, contexts)]
+    assert torch.equal(exact.history_codes(batch)[seen], wanted)
+    # two items of one history are the same, yet need not have the same ID
+    mixed = some_model(replace=1.0).train()
+    drawn = torch.stack([mixed.history_codes(batch)[0, 0] for _ in range(60)])
+    own = mixed.ids.codes[:3].tolist()
+    assert {tuple(code) for code in drawn.tolist()} == {tuple(code) for code in own}
+
+
+def test_a_reading_is_repeated_and_readings_differ() -> None:
+    model, batch = some_model(replace=1.0), some_batch()
+    readings = []
+    for reading in (0, 0, *range(1, 9)):
+        model.reading = reading
+        readings.append(model.history_codes(batch))
+    assert torch.equal(readings[0], readings[1])
+    assert any(not torch.equal(readings[0], other) for other in readings[2:])
+
+
+def test_the_context_of_a_target_includes_it() -> None:
+    model, batch = some_model(), some_batch()
+    whole = torch.tensor([[1, 3, 2, 1, 3], [3, 1, 0, 0, 0], [5, 1, 3, 0, 0]])
+    rows = torch.tensor([2, 0, 2])
+    wanted = model.ids.nearest(rows, model.encoder.last(whole))
+    assert torch.equal(model.target_codes(batch), model.ids.codes[wanted])
+
+
+def test_votes_by_hand() -> None:
+    nothing = NOT_FOUND
+    first = torch.tensor([[-1.0, -2.0, -3.0, nothing]])
+    second = torch.tensor([[-2.0, -1.0, nothing, nothing]])
+    found = votes([first, second], 2)[0]
+    # 1 / log2 2 = 1 and 1 / log2 3 = .6309; the third place is no longer counted
+    torch.testing.assert_close(found[:2], torch.tensor([1.6309, 1.6309]), rtol=1e-3, atol=1e-3)
+    assert found[2:].tolist() == [0, 0]
+    likelier = votes([first, torch.tensor([[-1.5, -1.0, nothing, nothing]])], 2)[0]
+    assert likelier[0] > found[0], "of equal votes the likelier item wins"
+
+
+def test_the_frozen_encoder_stays_in_evaluation_mode() -> None:
+    model = some_model().train()
+    assert model.training and model.network.training and not model.encoder.training
+    sum(model.loss(some_batch()).values()).backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+
+def stage_one_data() -> TrainingData:
+    """Items 1 to 12 occur in train, 13 and 14 do not."""
+    users = torch.randint(1, 13, (30, 6), generator=random()).numpy()
+    train = SimpleNamespace(items=users.flatten().astype("int32"), offsets=range(0, 181, 6))
+    features = torch.randn(14, 8, generator=random(1)).numpy()
+    catalogue = SimpleNamespace(
+        item_ids=list(range(14)), modalities={"text": (features, [True] * 14)}
+    )
+    return TrainingData(train, catalogue, 30, 14)
+
+
+@pytest.mark.parametrize(("own", "most"), [({}, 29), ({"start": 1, "step": 0}, 1)])
+def test_stage_one_gives_several_ids_or_one(own: dict[str, int], most: int) -> None:
+    data, config = stage_one_data(), Config()
+    config.data.max_history = 5
+    config.pctx = dataclasses.replace(
+        config.pctx, context=8, tokenizer_steps=5, context_batch=16, codes=16, rare=0.0, **own
+    )
+    model = Pctx(config, data.catalogue)
+    model.prepare(data, random())
+    per_item = model.ids.first.diff()
+    assert per_item.max() <= most and (most == 1 or per_item.max() > 1)
+    assert per_item[12:].tolist() == [1, 1], "an item nobody met has one ID"
+    assert model.ids.weights.sum() == 180 + 2
+    assert torch.equal(model.item_ids(), model.ids.codes[model.ids.main])
