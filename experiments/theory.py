@@ -79,22 +79,22 @@ def _refuse(request: Request, config: Config) -> None:
 
 
 def _conclude(folder: Path, places: list[Path], task: Task, config: Config) -> int:
-    rng = np.random.default_rng(config.run.seed)
+    streams = [np.random.default_rng([config.run.seed, part]) for part in range(4)]
     model, joint = (load_model(place, task.dataset.catalogue)[0] for place in places)
     assert isinstance(model, PMAT) and isinstance(joint, PMATWithMCRL)
     train, window = task.split.train, config.data.max_history
-    on_random = random_checks(rng)
+    on_random = random_checks(streams[0])
     try:
-        seen = Trained(model, train, window, rng)
-        on_model = model_checks(seen, rng)
-        on_model[5], pulls = levels(joint, train, window, rng)
+        seen = Trained(model, train, window, streams[1])
+        on_model = model_checks(seen, streams[1])
+        on_model[5], pulls = levels(joint, train, window, streams[2])
     except ValueError as error:
         raise UserError(f"--mode theory: {error}.") from error
     content = {
         "dataset": task.dataset.name,
         "random instances": _summaries(on_random),
         "trained model": _summaries(on_model),
-        "curves": _curves(seen, pulls, rng),
+        "curves": _curves(seen, pulls, streams[3]),
     }
     write_json(folder / THEORY, content)
     write_json(Path(config.run.save_dir) / THEORY, content)

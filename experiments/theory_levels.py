@@ -17,7 +17,7 @@ from our_models.mcrl import PMATWithMCRL
 from our_models.pmat import PMAT
 
 _LEVELS = ("user", "intra", "inter")
-_USERS, _BATCHES = 64, 3
+_USERS, _BATCHES = 64, 8
 
 
 def levels(
@@ -38,6 +38,7 @@ def levels(
         steps.append(decreases(joint, batch, mixtures[-1], pulls, task))
     measured = {
         "cosines": np.mean([m.singles for m in mixtures], axis=0).tolist(),
+        "deviations": np.std([m.singles for m in mixtures], axis=0, ddof=1).tolist(),
         "levels": list(_LEVELS),
         "best single": float(np.mean([m.best for m in mixtures])),
         "best mixture": float(np.mean([m.together for m in mixtures])),
