@@ -55,14 +55,14 @@ class Pairs(NamedTuple):
 
         y is 1 for the first kind. A random partner that is no stranger is left out.
         """
-        half = torch.randint(len(self.items), (size // 2,), generator=generator)
+        chosen = torch.randint(len(self.items), (size // 2,), generator=generator)
         anchors = self.items[torch.randint(len(self.items), (size // 2,), generator=generator)]
         others = torch.randint(len(self.met.totals), (size // 2,), generator=generator)
         kept = are_strangers(self.met, anchors, others) & (self.met.totals[others] > 0)
-        one = torch.cat([self.items[half], anchors[kept]])
-        other = torch.cat([self.partners[half], others[kept]])
+        one = torch.cat([self.items[chosen], anchors[kept]])
+        other = torch.cat([self.partners[chosen], others[kept]])
         together = torch.zeros(len(one))
-        together[: len(half)] = 1
+        together[: len(chosen)] = 1
         return one, other, together
 
 

@@ -44,7 +44,7 @@ SIZES = {
     "personal_digits": 4, "codes": 16, "latent": 8, "context": 16, "attention": 8, "grid": 2,
     "attention_heads": 2, "head_width": 8, "hidden": 16, "depth": 1, "tokenizer_steps": 20,
     "part": 8, "behaviour": 8, "pairs": 64, "expert_width": 16, "stage_one_batch": 64,
-    "context_batch": 32, "passes": 2,
+    "context_batch": 32, "passes": 2, "beams": 10,
 }  # fmt: skip
 SHARED_SECTIONS = ("run", "data", "mock", "train")
 
