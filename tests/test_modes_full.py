@@ -220,7 +220,7 @@ def test_killed_with_nine_and_resumed(tmp_path, small_flags):
     folders = [f"--{name}_dir={tmp_path / name}" for name in ("save", "log", "data")]
     arguments = [sys.executable, "main.py", "--mode", "full", "--model", "popularity,sasrec,pmat",
                  "--trials", "2", "--epochs", "1", *folders, *small_flags,
-                 "--set", "full.sizes=50", "--resume"]  # fmt: skip
+                 "--set", "full.sizes=50", "--set", "pmat.latent=32", "--resume"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
