@@ -425,7 +425,9 @@ class PMAT:
     start_from_codewords: bool = setting(
         True, "code vectors start where codewords are, not at random"
     )
-    behaviour: bool = setting(False, "one more modality: which items train histories have together")
+    with_behaviour: bool = setting(
+        False, "one more modality: which items train histories have together"
+    )
     grid: int = number(4, 1, 64, "steps of a modality weight: weights are multiples of 1 / grid")
     personalised: str = choice(
         "user_item",
@@ -564,7 +566,7 @@ REAL_PMAT = {
     "train.batch_size": 256,
     "train.epochs": 40,
     "train.patience": 6,
-    "pmat.behaviour": True,
+    "pmat.with_behaviour": True,
     "pmat.shared_digits": 32,
     "pmat.grid": 2,
     "pmat.negatives": 1024,
@@ -581,7 +583,7 @@ MOCK_PMAT = {
     "pmat.negatives": 1024,
     "pmat.shared_digits": 1,
     "pmat.personal_digits": 4,
-    "pmat.behaviour": False,
+    "pmat.with_behaviour": False,
     "pmat.grid": 4,
 }
 

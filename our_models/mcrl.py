@@ -90,7 +90,7 @@ class MCRL(Recommender):
         sizes = self.sizes
         self.n_codes = sizes.codes
         n_items = config.n_items(catalogue)
-        n_modalities = config.n_modalities(catalogue) + sizes.behaviour
+        n_modalities = config.n_modalities(catalogue) + sizes.with_behaviour
         width = sizes.latent
         k = min(self.own.neighbours, max(n_items - 1, 1))
         self.register_buffer("grid", simplex_grid(n_modalities, sizes.grid))

@@ -4,7 +4,7 @@ DESIGN section 5.1 and 5.4. An item has `shared_digits` codes that are the same 
 all its modalities together, and `personal_digits` codes of a blend x(alpha) of its modalities.
 Weights are resolved to a grid of G blends, so the codes of all items under all blends are one
 static atlas [G, N, L_f], and decoding from it is exact. Modalities are those of the catalogue and,
-with `pmat.behaviour`, one made of train histories.
+with `pmat.with_behaviour`, one made of train histories.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PersonalTokenizer(Recommender):
         self.own = own = config.pmat
         self.n_codes = own.codes
         n_items = config.n_items(catalogue)
-        n_modalities = config.n_modalities(catalogue) + own.behaviour
+        n_modalities = config.n_modalities(catalogue) + own.with_behaviour
         grid = simplex_grid(n_modalities, own.grid)
         self.register_buffer("grid", grid)
         self.register_buffer("corners", grid.argmax(0))
@@ -105,7 +105,7 @@ def item_latents(
     Raises ValueError without features.
     """
     latents, present = whitened_latents(data.catalogue, in_train, own.latent, generator)
-    if own.behaviour:
+    if own.with_behaviour:
         vectors, known = behaviour_vectors(data.train, data.n_items, own.latent, _WINDOW, generator)
         turned = F.normalize(vectors, dim=1) @ random_rotation(own.latent, generator)
         latents = torch.cat([latents, turned[:, None]], dim=1)

@@ -199,7 +199,7 @@ def test_law_of_the_random_control_is_kept(made, task) -> None:
 
 
 def test_behaviour_is_one_more_modality(made, task) -> None:
-    model = made({"pmat.behaviour": True, "pmat.grid": 2})
+    model = made({"pmat.with_behaviour": True, "pmat.grid": 2})
     assert model.latents.shape[1] == 3
     assert model.grid.shape == (6, 3)
     items = torch.tensor(task.split.train.items).long().unique() - 1
