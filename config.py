@@ -445,6 +445,9 @@ class PMAT:
     digit_loss: float = number(0.0, 0.0, 100.0, "weight of the cross-entropy of single digits")
     context: int = number(64, 4, 4096, "width of the user context that weights come from")
     attention: int = number(32, 4, 4096, "width of the modality attention")
+    attention_rate: float = number(
+        0.1, 0.0, 10.0, "share of the learning rate that modality weights learn with"
+    )
     sharpness: float = number(
         8.0, 0.0, 100.0, "alpha starts as softmax(sharpness x coherence of the history)"
     )

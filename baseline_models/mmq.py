@@ -246,11 +246,7 @@ class MMQ(Seq2SeqRecommender):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The tokenizer learns more slowly than the generator."""
-        tokenizer = [p for p in self.tokenizer.parameters() if p.requires_grad]
-        known = {id(p) for p in tokenizer}
-        others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
-        groups = [{"params": others, "rate": 1.0}]
-        return groups + [{"params": tokenizer, "rate": self.own.tune_rate}] * bool(tokenizer)
+        return self.slowed([self.tokenizer], self.own.tune_rate)
 
     # ----------------------------------------------------------------- the two stages
 

@@ -71,7 +71,15 @@ class Recommender(nn.Module):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimiser trains: `params`, and `rate`, their share of the learning rate."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "rate": 1.0}]
+        return self.slowed([], 1.0)
+
+    def slowed(self, parts: list[nn.Module], rate: float) -> list[dict[str, Any]]:
+        """`parameter_groups` of a model whose `parts` learn at `rate`, a share of the full rate."""
+        slow = [p for part in parts for p in part.parameters() if p.requires_grad]
+        known = {id(p) for p in slow}
+        others = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        groups = [{"params": others, "rate": 1.0}]
+        return [*groups, {"params": slow, "rate": rate}] if slow else groups
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalar parts, already weighted: their sum is minimised. Means over targets."""

@@ -228,6 +228,12 @@ class PMAT(PersonalTokenizer):
 
     # ----------------------------------------------------------------- generator
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What modality weights come from learns more slowly than the rest: it starts from
+        coherence, which is a good guess, and could otherwise turn codes into hidden scores."""
+        weighing = [part for part in (self.attention, self.context) if part is not None]
+        return self.slowed(weighing, self.own.attention_rate)
+
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """State after each position [B, T, d], and q_u before the first and after each item."""
         contexts = self.contexts(batch)
