@@ -232,6 +232,20 @@ def test_a_run_stopped_twice_goes_on_too(tiny, task, tmp_path, monkeypatch):
     assert finished(tmp_path / "parts", config, task) == whole
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mmq", "pctx"])
+def test_ids_that_change_in_training_or_vary_in_number_go_on_too(
+    name, tiny, task, tmp_path, monkeypatch
+):
+    config = tiny(name, {"train.batch_size": 64, "train.epochs": 2})
+    whole = finished(tmp_path / "whole", config, task)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 8)  # in the middle of the second epoch of 6 or so
+        with pytest.raises(Stopped):
+            finished(tmp_path / "parts", config, task)
+    assert finished(tmp_path / "parts", config, task) == whole
+
+
 @pytest.fixture
 def stopped(tiny, task, tmp_path, monkeypatch) -> Path:
     """The folder of a run that was stopped after two steps."""
