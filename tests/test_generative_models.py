@@ -16,6 +16,7 @@ from baseline_models.letter import LETTER, alignment_loss, cluster_codewords, di
 from baseline_models.tiger import TIGER
 from config import Config
 from model_parts.base import Batch, TrainingData, count_parameters
+from model_parts.cooccurrence import behaviour_vectors
 from model_parts.residual import colliding_share
 
 N_ITEMS, N_USERS = 60, 40
@@ -148,6 +149,19 @@ def test_collaborative_alignment_brings_items_of_the_same_users_together() -> No
         return float(overlap[same].mean() - overlap[~same].mean())
 
     assert gap(alpha=3.0) > gap(alpha=0.0) + 0.1
+
+
+def test_behaviour_brings_items_of_the_same_users_together() -> None:
+    data = make_data()
+    vectors, known = behaviour_vectors(data.train, N_ITEMS, 6, 5, random())
+    in_train = torch.zeros(N_ITEMS, dtype=torch.bool)
+    in_train[torch.tensor(data.train.items).long() - 1] = True
+    assert torch.equal(known, in_train) and (vectors[~known] == 0).all()
+    torch.testing.assert_close(vectors[known].square().mean(), torch.tensor(1.0))
+    cosines = F.normalize(vectors[known]) @ F.normalize(vectors[known]).T
+    group = (torch.arange(N_ITEMS) % 6)[known]
+    same = group[:, None] == group
+    assert cosines[same].mean() > cosines[~same].mean() + 0.5
 
 
 def test_levels_go_from_coarse_to_fine_and_can_be_turned_round() -> None:
