@@ -193,6 +193,7 @@ def test_a_stopped_run_repeats_nothing(flags, tmp_path, monkeypatch, newest, fas
     assert not (newest(tmp_path) / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_crashes_is_named_in_the_report(
     flags, tmp_path, monkeypatch, newest, fast_outputs
 ):

@@ -82,6 +82,7 @@ def test_a_search_ends_with_the_best_settings_tested_once(flags, tmp_path, train
     assert not (folder / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_more_trials_are_added_to_a_study(flags, tmp_path, trained, newest):
     assert main(flags) == 0
     folder = newest(tmp_path)
