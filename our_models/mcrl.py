@@ -240,6 +240,11 @@ class MCRL(Recommender):
         return every[points, torch.arange(len(points), device=points.device)]
 
     @torch.no_grad()
+    def modality_weights_of(self, batch: Batch) -> Tensor:
+        """alpha of each user, the same for all items, [B, M]."""
+        return self.users(batch)[1]
+
+    @torch.no_grad()
     def item_ids(self, batch: Batch | None = None) -> Tensor:
         """Codes under each user's weights, [B, N, L]; under even weights without users, [N, L]."""
         everything = torch.arange(len(self.counts), device=self.counts.device)
