@@ -108,6 +108,8 @@ class MCRL(Recommender):
         )
         self.sharpness = nn.Parameter(torch.tensor(sizes.sharpness))
         self.quantiser = BlendQuantiser(n_modalities, width, sizes.personal_digits, sizes.codes)
+        self._atlas: Tensor | None = None
+        self.register_load_state_dict_post_hook(lambda model, _: model.forget_atlas())
 
     # ----------------------------------------------------------------- representations
 
@@ -229,13 +231,31 @@ class MCRL(Recommender):
 
     # ----------------------------------------------------------------- items
 
+    def train(self, mode: bool = True) -> MCRL:
+        """As in torch, and `forget_atlas`."""
+        self.forget_atlas()
+        return super().train(mode)
+
+    def forget_atlas(self) -> None:
+        """To be called when the encoders have changed."""
+        self._atlas = None
+
+    @torch.no_grad()
+    def atlas(self) -> Tensor:
+        """Codes of all items under all blends, [G, N, L]; kept while nothing is trained."""
+        if self._atlas is not None:
+            return self._atlas
+        everything = torch.arange(len(self.counts), device=self.counts.device)
+        atlas = self.quantiser.atlas(self.encoded(everything), self.grid)
+        self._atlas = None if self.training else atlas
+        return atlas
+
     def score(self, batch: Batch) -> Tensor:
         """[B, N]: queries with the codewords of each item's ID, as the user sees it."""
         query, alpha = self.users(batch)
-        everything = torch.arange(len(self.counts), device=self.counts.device)
-        atlas = self.quantiser.atlas(self.encoded(everything), self.grid)  # [G, N, L]
         query = query * alpha[:, :, None]
-        every = torch.stack([self._cosines(query, self.quantiser.decode(codes)) for codes in atlas])
+        words = (self.quantiser.decode(codes) for codes in self.atlas())
+        every = torch.stack([self._cosines(query, part) for part in words])
         points = nearest_grid_point(alpha.T, self.grid)  # [B]
         return every[points, torch.arange(len(points), device=points.device)]
 
@@ -247,8 +267,7 @@ class MCRL(Recommender):
     @torch.no_grad()
     def item_ids(self, batch: Batch | None = None) -> Tensor:
         """Codes under each user's weights, [B, N, L]; under even weights without users, [N, L]."""
-        everything = torch.arange(len(self.counts), device=self.counts.device)
-        atlas = self.quantiser.atlas(self.encoded(everything), self.grid)
+        atlas = self.atlas()
         if batch is None:
             return atlas[0]
         return atlas[nearest_grid_point(self.users(batch)[1].T, self.grid)]
