@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +24,12 @@ from graph_toys import (
 from baseline_models import dgmrec
 from baseline_models.dgmrec import DGMRec, perturbed
 from config import Config
+from experiments.runs import run
+from experiments.training import BEST, Stopped, Trainer
 from model_parts.base import TrainingData, count_parameters
 from model_parts.collaborative import Triples
 from model_parts.contrastive import Club
+from util import load_checkpoint
 
 
 def make(data: TrainingData, **own: Any) -> DGMRec:
@@ -236,3 +240,27 @@ def test_fitting_the_estimators_lowers_their_misfit_and_touches_nothing_else():
     assert float(model.clubs[0].misfit(specific[0], general[0]).detach()) < before
     assert all(torch.equal(p, rest[n]) for n, p in model.named_parameters() if n in rest)
     assert not any(p.requires_grad for p in model.clubs.parameters())
+
+
+def test_a_run_stopped_within_an_epoch_goes_on_as_if_nothing_had_happened(
+    tiny, task, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "_keep_if_best", lambda self, *_: self._keep_weights())
+    config = tiny("dgmrec", {"train.epochs": 2, "train.patience": 0, "dgmrec.refresh": 1})
+    (tmp_path / "whole").mkdir()
+    run(config, task, tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    step = Trainer._step
+
+    def step_and_stop(trainer, *given):
+        step(trainer, *given)
+        if trainer.progress.global_step == trainer.steps_per_epoch + 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step_and_stop)
+        with pytest.raises(Stopped):
+            run(config, task, tmp_path / "parts")
+    run(config, task, tmp_path / "parts")
+    one, two = (load_checkpoint(tmp_path / part / BEST)["model"] for part in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
