@@ -14,7 +14,7 @@ import pytest
 from experiments.runs import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("config", "util", "main", "data_utils", "metrics")
+FILES = ("config", "settings", "util", "main", "data_utils", "metrics")
 PACKAGES = ("our_models", "baseline_models", "model_parts", "experiments", "data_readers")
 
 # layer -> (modules of the project, third-party packages; None = any)
@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str] | None]] = {
     "data_utils": ({"data_readers", "config", "util"}, {"numpy", "pandas"}),
     "data_readers": ({"data_readers", "config", "util"}, {"numpy", "pandas", "yaml"}),
     "metrics": (set(), {"numpy", "scipy"}),
-    "config": (set(), {"yaml", "torch"}),
+    "config": ({"settings"}, {"yaml", "torch"}),
+    "settings": (set(), {"yaml"}),
     "util": (set(), {"yaml", "torch"}),
 }  # fmt: skip
 # Extras that are imported on use only and may be missing.
