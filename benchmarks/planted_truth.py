@@ -1,9 +1,10 @@
 """Does PMAT find what the mock data planted, and is it worth anything?
 
-    python benchmarks/planted_truth.py [--seeds 3] [--set key=value ...]
+    python benchmarks/planted_truth.py [--seeds 3] [--more] [--set key=value ...]
 
-Trains PMAT and each control of its modality weights on mock data (settings of the mock preset, the
-data the same for all seeds of the model) and prints
+Trains PMAT and each control of its modality weights on mock data (with `--more`, other ways to use a
+user, too): the mock preset, but more users and longer histories, the same data for all seeds of the
+model. Prints
 - Spearman correlation of each user's learned mean alpha with the planted one, per modality;
 - how many personal digits of the same item differ between users with different planted weights,
   and between users with (nearly) equal ones;
@@ -34,15 +35,9 @@ from model_parts.base import Batch
 from model_parts.drift import detect_drift
 from our_models.pmat import PMAT
 
-CONTROLS = (
-    "even weights",
-    "item weights",
-    "user weights",
-    "random weights",
-    "weights of another user",
-    "late weights on fixed digits",
-    "user vector as prefix",
-)
+CONTROLS = ("even weights", "item weights", "random weights", "weights of another user")
+MORE = ("user weights", "late weights on fixed digits", "user vector as prefix")
+DATA = {"mock.n_users": 1000, "mock.history_min": 20, "mock.history_max": 40}
 APART, TOGETHER = 0.6, 0.1  # distance of planted weights that count as different and as equal
 
 
@@ -51,7 +46,7 @@ def settings(given: dict[str, Any], control: str | None, law: str) -> dict[str, 
     chosen = PMAT.ablations[control] if control else {}
     if control == "random weights":
         chosen = chosen | {"pmat.law": law}
-    return {"run.mode": "baseline", "run.model": "pmat"} | given | chosen
+    return {"run.mode": "baseline", "run.model": "pmat"} | DATA | given | chosen
 
 
 def final_weights(task: Task) -> np.ndarray:
@@ -108,15 +103,17 @@ def main() -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--more", action="store_true")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
     found = parser.parse_args()
     given = dict(text.split("=", 1) for text in found.set)
+    controls = CONTROLS + MORE * found.more
     task = load_task(build_config(settings(given, None, "")))
     users: dict[str | None, list[np.ndarray]] = {}
     with tempfile.TemporaryDirectory() as place:
         for seed in range(42, 42 + found.seeds):
             law = ""
-            for control in (None, *CONTROLS):
+            for control in (None, *controls):
                 config = build_config(settings(given | {"run.seed": seed}, control, law))
                 folder = Path(place) / f"{control}_{seed}"
                 folder.mkdir()
@@ -136,7 +133,7 @@ def main() -> None:
                     print(f"  drift: AUC {area:.3f}, false alarms {alarms:.3f}", flush=True)
     own = average_over_seeds(users[None])
     print(f"\nPMAT N@10 {own.mean():.4f}; minus each control (95 % interval over users):")
-    for control in CONTROLS:
+    for control in controls:
         gap = paired_bootstrap(own, average_over_seeds(users[control]))
         print(f"  {control:30s} {gap.difference:+.4f} ({gap.low:+.4f} to {gap.high:+.4f})")
 
