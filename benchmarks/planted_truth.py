@@ -2,9 +2,9 @@
 
     python benchmarks/planted_truth.py [--seeds 3] [--more] [--set key=value ...]
 
-Trains PMAT and each control of its modality weights on mock data (with `--more`, other ways to use a
-user, too): the mock preset, but more users and longer histories, the same data for all seeds of the
-model. Prints
+Trains PMAT and each control of its modality weights on mock data (with `--more` other ways to use
+a user, too): the mock preset, but more users and longer histories, the same data for all seeds of
+the model. Prints
 - Spearman correlation of each user's learned mean alpha with the planted one, per modality;
 - how many personal digits of the same item differ between users with different planted weights,
   and between users with (nearly) equal ones;
