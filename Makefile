@@ -1,11 +1,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# a few minutes on two cores; without --model, mode baseline trains all models
+DEMO = popularity,sasrec,bsarec,rpg,tiger,pmat,pmat_mcrl
 
 .PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python main.py --mode baseline --dataset mock
+	$(BIN)/python main.py --mode baseline --dataset mock --model $(DEMO)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"
