@@ -564,7 +564,6 @@ REAL_PMAT = {
     "pmat.dropout": 0.5,
 }
 
-# Few digits: where an ID can not hold everything about an item, what it leaves out matters.
 MOCK_PMAT = {
     "train.batch_size": 64,
     "train.epochs": 25,
@@ -572,8 +571,7 @@ MOCK_PMAT = {
     "pmat.dropout": 0.2,
     "pmat.codes": 32,
     "pmat.negatives": 1024,
-    "pmat.shared_digits": 1,
-    "pmat.personal_digits": 4,
+    "pmat.shared_digits": 16,
     "pmat.with_behaviour": False,
     "pmat.grid": 4,
 }

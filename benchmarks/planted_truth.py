@@ -3,8 +3,8 @@
     python benchmarks/planted_truth.py [--seeds 3] [--more] [--set key=value ...]
 
 Trains PMAT and each control of its modality weights on mock data (with `--more` other ways to use
-a user, too): the mock preset, but more users and longer histories, the same data for all seeds of
-the model. Prints
+a user, too): the mock preset, but more users, longer histories and short IDs, the same data for all
+seeds of the model. Prints
 - Spearman correlation of each user's learned mean alpha with the planted one, per modality;
 - how many personal digits of the same item differ between users with different planted weights,
   and between users with (nearly) equal ones;
@@ -37,7 +37,14 @@ from our_models.pmat import PMAT
 
 CONTROLS = ("even weights", "item weights", "random weights", "weights of another user")
 MORE = ("user weights", "late weights on fixed digits", "user vector as prefix")
-DATA = {"mock.n_users": 1000, "mock.history_min": 20, "mock.history_max": 40}
+# Few digits: where an ID can not hold everything about an item, it matters what it holds.
+SETTINGS = {
+    "mock.n_users": 1000,
+    "mock.history_min": 20,
+    "mock.history_max": 40,
+    "pmat.shared_digits": 1,
+    "pmat.personal_digits": 4,
+}
 APART, TOGETHER = 0.6, 0.1  # distance of planted weights that count as different and as equal
 
 
@@ -46,7 +53,7 @@ def settings(given: dict[str, Any], control: str | None, law: str) -> dict[str, 
     chosen = PMAT.ablations[control] if control else {}
     if control == "random weights":
         chosen = chosen | {"pmat.law": law}
-    return {"run.mode": "baseline", "run.model": "pmat"} | DATA | given | chosen
+    return {"run.mode": "baseline", "run.model": "pmat"} | SETTINGS | given | chosen
 
 
 def final_weights(task: Task) -> np.ndarray:
