@@ -24,6 +24,8 @@ from model_parts.quantisers import BlendQuantiser, ProductQuantiser, whitened_pc
 
 # Items at most so many steps apart were taken together.
 _WINDOW = 5
+# Length of a behaviour vector, in units of the mean, of an item that met others by chance only.
+_NEGLIGIBLE = 1e-3
 
 
 class PersonalTokenizer(Recommender):
@@ -107,8 +109,9 @@ def item_latents(
     latents, present = whitened_latents(data.catalogue, in_train, own.latent, generator)
     if own.with_behaviour:
         vectors, known = behaviour_vectors(data.train, data.n_items, own.latent, _WINDOW, generator)
+        known = known & (vectors.norm(dim=1) > _NEGLIGIBLE)  # the rest is rounding noise
         turned = F.normalize(vectors, dim=1) @ random_rotation(own.latent, generator)
-        latents = torch.cat([latents, turned[:, None]], dim=1)
+        latents = torch.cat([latents, (turned * known[:, None])[:, None]], dim=1)
         present = torch.cat([present, known[:, None]], dim=1)
     return latents, present
 
