@@ -410,6 +410,9 @@ class PMAT:
     personal_digits: int = number(16, 1, 1024, "codes that depend on user and item")
     codes: int = number(256, 2, 65536, "codes per digit")
     latent: int = number(64, 4, 4096, "width of each modality before the blend")
+    explained: float = number(
+        1.0, 0.01, 1.0, "share of a modality's variance that latents keep; the rest is noise"
+    )
     start_from_codewords: bool = setting(
         True, "code vectors start where codewords are, not at random"
     )
@@ -572,6 +575,7 @@ MOCK_PMAT = {
     "pmat.codes": 32,
     "pmat.negatives": 1024,
     "pmat.shared_digits": 16,
+    "pmat.explained": 0.9,
     "pmat.with_behaviour": False,
     "pmat.grid": 4,
 }

@@ -296,8 +296,11 @@ def balanced_rotation(centred: Tensor, digits: int, generator: torch.Generator) 
 # --------------------------------------------------------------------------- whitening
 
 
-def whitened_pca(features: Tensor, fit_rows: Tensor, width: int) -> Tensor:
+def whitened_pca(features: Tensor, fit_rows: Tensor, width: int, explained: float = 1.0) -> Tensor:
     """Principal components with unit variance: features [N, d] -> [N, min(width, rank)].
+
+    With `explained` below 1 only the leading ones that hold this share of the variance: whitening
+    makes the noise of the others as large as what items are told apart by.
 
     Mean and axes come from the rows where `fit_rows` [N] is True; every row is transformed.
     Components of negligible variance are dropped, since whitening would blow up rounding noise.
@@ -314,6 +317,8 @@ def whitened_pca(features: Tensor, fit_rows: Tensor, width: int) -> Tensor:
     rank = int((variances > _NEGLIGIBLE * variances[0]).sum()) if variances[0] > 0 else 0
     if rank == 0:
         raise ValueError("the features of all items are the same: there is nothing to quantise")
-    kept = min(width, rank)
+    shares = variances.clamp(min=0).cumsum(0) / variances.clamp(min=0).sum()
+    enough = int((shares < explained - _NEGLIGIBLE).sum()) + 1
+    kept = min(width, rank, enough)
     scaled = axes[:, :kept] / variances[:kept].sqrt()
     return (features - mean) @ scaled.to(features)

@@ -106,7 +106,9 @@ def item_latents(
 
     Raises ValueError without features.
     """
-    latents, present = whitened_latents(data.catalogue, in_train, own.latent, generator)
+    latents, present = whitened_latents(
+        data.catalogue, in_train, own.latent, generator, own.explained
+    )
     if own.with_behaviour:
         vectors, known = behaviour_vectors(data.train, data.n_items, own.latent, _WINDOW, generator)
         known = known & (vectors.norm(dim=1) > _NEGLIGIBLE)  # the rest is rounding noise
@@ -117,7 +119,11 @@ def item_latents(
 
 
 def whitened_latents(
-    catalogue: Any, in_train: Tensor, width: int, generator: torch.Generator
+    catalogue: Any,
+    in_train: Tensor,
+    width: int,
+    generator: torch.Generator,
+    explained: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Unit latents of each modality [N, M, width], zero where missing, and presence [N, M].
 
@@ -130,7 +136,7 @@ def whitened_latents(
     for features, known in modalities:
         known = torch.tensor(known, dtype=torch.bool)
         features = torch.tensor(features, dtype=torch.float32)
-        white = whitened_pca(features, in_train & known, width)
+        white = whitened_pca(features, in_train & known, width, explained)
         white = F.pad(white, (0, width - white.shape[1]))
         # a random rotation spreads the principal components evenly over sub-vectors
         turned = white @ random_rotation(width, generator)

@@ -249,6 +249,15 @@ def test_whitening_keeps_the_axes_of_largest_variance() -> None:
     assert correlation.max(1).values.min() > 0.99
 
 
+def test_components_beyond_the_explained_variance_are_dropped() -> None:
+    rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    rows = rows * torch.tensor([4.0, 3.0, 0.3, 0.3, 0.3, 0.3])
+    everything = torch.ones(400, dtype=torch.bool)
+    assert whitened_pca(rows, everything, 6).shape[1] == 6
+    assert whitened_pca(rows, everything, 6, explained=0.9).shape[1] == 2
+    assert whitened_pca(rows, everything, 6, explained=0.5).shape[1] == 1
+
+
 def test_components_that_only_hold_rounding_noise_are_dropped() -> None:
     low = torch.randn(500, 4, generator=random()) @ torch.randn(4, 64, generator=random(1)) + 5
     white = whitened_pca(low, torch.ones(500, dtype=torch.bool), 64)
