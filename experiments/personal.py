@@ -230,6 +230,6 @@ def _longest(histories: Sequences, drift_steps: np.ndarray | None) -> np.ndarray
     return np.concatenate([order[drifts][:TIMELINE_USERS], order[~drifts][:TIMELINE_USERS]])
 
 
-def _weight_names(dataset: Any, width: int) -> list[str]:
+def _weight_names(dataset: Dataset, width: int) -> list[str]:
     """Names of `width` modality weights: those of the catalogue, then what a model adds itself."""
     return [*dataset.catalogue.modalities, *("behaviour",) * width][:width]
