@@ -76,6 +76,8 @@ def _refuse(request: Request, config: Config) -> None:
         )
     if config.pmat.fusion != "early":
         raise UserError("--mode theory: with pmat.fusion=late codes do not depend on users.")
+    if config.pmat.personalised == "random":
+        raise UserError("--mode theory: pmat.personalised=random has no attention to speak about.")
 
 
 def _conclude(folder: Path, places: list[Path], task: Task, config: Config) -> int:

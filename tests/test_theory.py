@@ -332,6 +332,8 @@ def test_theory_refuses_what_the_theorems_are_not_about(tmp_path, small_flags, c
     assert "leave --model out" in capsys.readouterr().err
     assert main([*base, "--set", "pmat.fusion=late"]) == 2
     assert "late" in capsys.readouterr().err
+    assert main([*base, "--set", "pmat.personalised=random"]) == 2
+    assert "random" in capsys.readouterr().err
     assert main([*base, "--set", "mock.dims={text: 8}"]) == 2
     assert "two modalities" in capsys.readouterr().err
 
