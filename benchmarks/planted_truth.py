@@ -42,8 +42,8 @@ SETTINGS = {
     "mock.n_users": 1000,
     "mock.history_min": 20,
     "mock.history_max": 40,
-    "pmat.shared_digits": 1,
-    "pmat.personal_digits": 4,
+    "pmat.shared_digits": 0,
+    "pmat.personal_digits": 2,
 }
 APART, TOGETHER = 0.6, 0.1  # distance of planted weights that count as different and as equal
 

@@ -38,6 +38,22 @@ def simplex_grid(modalities: int, resolution: int) -> Tensor:
     return torch.tensor(counts, dtype=torch.float32) / resolution
 
 
+def next_grid_points(grid: Tensor) -> Tensor:
+    """For each modality and point the point with one step more of the modality, taken from the
+    largest other weight: [G, M] -> [M, G] int64. The point of one modality alone is its own."""
+    n_points, modalities = grid.shape
+    step = grid[grid > 0].min()
+    rows = []
+    for m in range(modalities):
+        others = grid.clone()
+        others[:, m] = -1.0
+        moved = grid.clone()
+        moved[:, m] += step
+        moved[torch.arange(n_points), others.argmax(1)] -= step
+        rows.append(torch.cdist(moved, grid).argmin(1).where(grid[:, m] < 1, torch.arange(n_points)))
+    return torch.stack(rows)
+
+
 def nearest_grid_point(weights: Tensor, grid: Tensor) -> Tensor:
     """Index of the grid point nearest to each weight vector: [M, ...] -> [...] int64."""
     flat = weights.flatten(1)

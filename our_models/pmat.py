@@ -39,6 +39,9 @@ from model_parts.quantisers import projected_codewords
 from our_models.tokenizer import PersonalTokenizer
 
 # Contexts of other users that the control with permuted users looks through.
+# Items that have one ID for a user come in order of how often train has them: too little to
+# change the order of different IDs.
+_TIE_BREAK = 1e-4
 _STRANGERS = 1024
 # Numbers held at once where users meet items: 8 MB, so that they stay in cache.
 _PAIR_NUMBERS = {"cpu": 2_000_000, "cuda": 256_000_000}
@@ -329,8 +332,8 @@ class PMAT(PersonalTokenizer):
         learn: bool,
     ) -> Tensor:
         """With `learn`, the weights get a gradient: a choice of blend has none, so the score is
-        taken to change with alpha_m as much as the item's codes under modality m alone score
-        higher."""
+        taken to change with alpha_m as it does from one blend of the grid to the next towards m.
+        (Codes under m alone in its place would pull all weight to a single modality.)"""
         scores = states @ fixed.T
         products = states @ every.flatten(0, 1).T  # one product for all blends
         products = products.view(len(states), len(every), len(rows))  # [P, G or M, S]
@@ -344,8 +347,9 @@ class PMAT(PersonalTokenizer):
         scores = scores + products.gather(1, points[:, None])[:, 0]
         if not (learn and weights.requires_grad):
             return scores
-        pure = products.detach()[:, self.corners].transpose(0, 1)  # [M, P, S], one modality alone
-        return scores + (pure * (weights - weights.detach())).sum(0)
+        products = products.detach()
+        slopes = torch.stack([products.gather(1, to[points][:, None])[:, 0] for to in self.towards])
+        return scores + self.own.grid * (slopes * (weights - weights.detach())).sum(0)
 
     def _digit_loss(self, states: Tensor, view: View, targets: Tensor) -> Tensor:
         """Mean over digits of -log softmax(<h_u, E_l>)[code of the target], as in RPG."""
@@ -369,7 +373,8 @@ class PMAT(PersonalTokenizer):
         rows = torch.arange(len(self.counts), device=states.device)
         numbers = _PAIR_NUMBERS.get(states.device.type, 256_000_000)
         block = max(1, numbers // (len(self.grid) * max(len(states), 1)))
-        return torch.cat([self._scores(states, view, part) for part in rows.split(block)], dim=1)
+        found = [self._scores(states, view, part) for part in rows.split(block)]
+        return torch.cat(found, dim=1) + _TIE_BREAK * self.counts.log1p()
 
     # ----------------------------------------------------------------- IDs
 

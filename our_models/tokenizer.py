@@ -19,7 +19,7 @@ from config import PMAT as PMATConfig
 from config import Config
 from model_parts.base import Recommender, TrainingData
 from model_parts.cooccurrence import behaviour_vectors
-from model_parts.fusion import simplex_grid
+from model_parts.fusion import next_grid_points, simplex_grid
 from model_parts.quantisers import BlendQuantiser, ProductQuantiser, whitened_pca
 
 # Items at most so many steps apart were taken together.
@@ -36,6 +36,7 @@ class PersonalTokenizer(Recommender):
     present: Tensor  # [N, M] bool
     grid: Tensor  # [G, M] blends
     corners: Tensor  # [M] blends of one modality alone
+    towards: Tensor  # [M, G] the next blend with more of a modality; a corner keeps to itself
     shared_codes: Tensor  # [N, L_s]
     atlas: Tensor  # [G, N, L_f]
 
@@ -48,6 +49,7 @@ class PersonalTokenizer(Recommender):
         grid = simplex_grid(n_modalities, own.grid)
         self.register_buffer("grid", grid)
         self.register_buffer("corners", grid.argmax(0))
+        self.register_buffer("towards", next_grid_points(grid))
         self.register_buffer("counts", torch.ones(n_items))
         self.register_buffer("latents", torch.zeros(n_items, n_modalities, own.latent))
         self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
