@@ -50,7 +50,9 @@ def next_grid_points(grid: Tensor) -> Tensor:
         moved = grid.clone()
         moved[:, m] += step
         moved[torch.arange(n_points), others.argmax(1)] -= step
-        rows.append(torch.cdist(moved, grid).argmin(1).where(grid[:, m] < 1, torch.arange(n_points)))
+        rows.append(
+            torch.cdist(moved, grid).argmin(1).where(grid[:, m] < 1, torch.arange(n_points))
+        )
     return torch.stack(rows)
 
 

@@ -39,8 +39,7 @@ from model_parts.quantisers import projected_codewords
 from our_models.tokenizer import PersonalTokenizer
 
 # Contexts of other users that the control with permuted users looks through.
-# Items that have one ID for a user come in order of how often train has them: too little to
-# change the order of different IDs.
+# Score of one unit of log(1 + train count), where IDs are equal.
 _TIE_BREAK = 1e-4
 _STRANGERS = 1024
 # Numbers held at once where users meet items: 8 MB, so that they stay in cache.
@@ -374,7 +373,12 @@ class PMAT(PersonalTokenizer):
         numbers = _PAIR_NUMBERS.get(states.device.type, 256_000_000)
         block = max(1, numbers // (len(self.grid) * max(len(states), 1)))
         found = [self._scores(states, view, part) for part in rows.split(block)]
-        return torch.cat(found, dim=1) + _TIE_BREAK * self.counts.log1p()
+        return torch.cat(found, dim=1) + self.tie_break()
+
+    def tie_break(self) -> Tensor:
+        """What orders items that have one ID for a user, by how often train has them: [N], too
+        little to change the order of different IDs."""
+        return _TIE_BREAK * self.counts.log1p()
 
     # ----------------------------------------------------------------- IDs
 

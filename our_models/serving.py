@@ -80,6 +80,7 @@ class Server:
         self.rows = torch.arange(len(model.counts), device=model.counts.device)
         with torch.no_grad():
             self.fixed = model.fixed_vectors(self.rows)  # [N, d]
+            self.tie_break = model.tie_break()
         self.states: dict[int, _State] = {}
 
     # ----------------------------------------------------------------- requests
@@ -110,7 +111,7 @@ class Server:
         table = model.tokens.weight[model.own.shared_digits * model.own.codes :] @ state[0]
         tokens = token_rows(codes, model.own.codes)
         personal = table.index_select(0, tokens.flatten()).view(tokens.shape).sum(1)
-        return self.fixed @ state[0] + personal
+        return self.fixed @ state[0] + personal + self.tie_break
 
     @torch.no_grad()
     def update(self, user: int, items: Sequence[int], force: bool = False) -> Drift:

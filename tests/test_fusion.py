@@ -15,6 +15,7 @@ from model_parts.fusion import (
     ModalityAttention,
     coherence,
     nearest_grid_point,
+    next_grid_points,
     random_grid_points,
     simplex_grid,
 )
@@ -50,6 +51,22 @@ def test_nearest_point_is_the_nearest(seed: int, modalities: int, resolution: in
     distance = (weights.T[:, None] - grid).norm(dim=2)
     chosen = distance.gather(1, nearest_grid_point(weights, grid)[:, None])[:, 0]
     assert torch.allclose(chosen, distance.min(1).values, atol=1e-5)
+
+
+def test_next_point_has_one_step_more() -> None:
+    grid = simplex_grid(3, 4)
+    at = {tuple((4 * point).int().tolist()): index for index, point in enumerate(grid)}
+    towards = next_grid_points(grid)
+    for m, point, expected in [
+        (0, (1, 1, 2), (2, 1, 1)),
+        (2, (1, 3, 0), (1, 2, 1)),
+        (1, (4, 0, 0), (3, 1, 0)),
+        (1, (0, 4, 0), (0, 4, 0)),
+    ]:
+        assert towards[m, at[point]] == at[expected]
+    for m, row in enumerate(towards):
+        gained = grid[row, m] - grid[:, m]
+        assert torch.equal(gained, torch.where(grid[:, m] < 1, 0.25, 0.0))
 
 
 def test_random_points_are_fixed_and_follow_the_law() -> None:

@@ -90,7 +90,19 @@ def test_scores_are_sums_over_the_codes_the_user_sees(made, task) -> None:
     vectors = model.tokens.weight[ids + digits].sum(2)  # [B, N, d]
     states, _ = model.encode(batch)
     last = states[torch.arange(len(batch.users)), batch.lengths - 1]
-    assert torch.allclose(model.score(batch), (vectors @ last[:, :, None])[..., 0], atol=1e-5)
+    expected = (vectors @ last[:, :, None])[..., 0] + model.tie_break()
+    assert torch.allclose(model.score(batch), expected, atol=1e-5)
+
+
+def test_items_with_one_id_come_in_order_of_their_train_counts(made, task) -> None:
+    model, batch = made({"pmat.shared_digits": 0}), histories(task)
+    model.atlas[:, 1:4] = model.atlas[:, :1]
+    model.counts[:4] = torch.tensor([2.0, 9.0, 1.0, 5.0])
+    # codes depend on what an item has, too: all four see the same blend
+    model.latents[1:4], model.present[1:4] = model.latents[0], model.present[0]
+    scores = model.score(batch)[:, :4]
+    assert (scores.argsort(1, descending=True) == torch.tensor([1, 3, 0, 2])).all()
+    assert (scores.amax(1) - scores.amin(1) < 1e-3).all()
 
 
 def test_atlas_codes_are_codes_of_the_users_blend(made, task) -> None:
@@ -115,6 +127,33 @@ def test_small_catalogue_loss_is_the_exact_softmax(made, task) -> None:
             expected.append(F.cross_entropy(model.score(one), target))
     found = model.loss(batch)["item"]
     assert found.item() == pytest.approx(torch.stack(expected).mean().item(), abs=1e-4)
+
+
+def test_weights_learn_from_the_next_blends(made) -> None:
+    """alpha_m gains what one more step towards modality m would: not what m alone would."""
+    model = made({"pmat.personal_digits": 2, "pmat.shared_digits": 0})
+    G, (M, r) = len(model.grid), (model.grid.shape[1], 4)
+    # two users in an even context: the first has weights at one grid point, seen with one item
+    sides = torch.zeros(1, M, 2)
+    sides[..., 0], weights = 1.0, torch.tensor([0.5, 0.25, 0.25][:M])
+    sides[0, :, 1] = (weights / weights.sum()).log()
+    sides.requires_grad_()
+    items = torch.zeros(1, M, 2)
+    items[..., 1] = 1.0
+    every = torch.randn(G, 1, model.own.width)
+    state = torch.randn(1, model.own.width)
+    score = model._pair_scores(
+        state, sides, torch.zeros(1).long(), torch.zeros(1, model.own.width), every, items,
+        torch.zeros(1).long(), learn=True,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(score.sum(), sides)
+    by_blend = every[:, 0] @ state[0]
+    alpha = sides[0, :, 1].softmax(0).detach()
+    here = int(nearest_grid_point(alpha[:, None], model.grid)[0])
+    slopes = r * torch.stack([by_blend[int(to[here])] for to in model.towards])
+    expected = alpha * (slopes - (alpha * slopes).sum())  # through the softmax
+    assert torch.allclose(gradient[0, :, 1], expected, atol=1e-4)
+    assert score.item() == pytest.approx(by_blend[here].item(), abs=1e-5)
 
 
 def test_candidates_are_raised_by_their_chance_to_be_there(made) -> None:
