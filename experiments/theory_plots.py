@@ -61,7 +61,7 @@ def _drift(curves: dict[str, Any]) -> Figure:
     pairs = curves["pairs"]
     second.plot(pairs["distance"], pairs["differ"], label="differ", **_MEASURED)
     second.plot(pairs["distance"], pairs["bound"], label="margins allow it", **_BOUND)
-    second.set_ylim(0, 1)
+    second.set_ylim(0, 1.05)
     _label(second, "two users, trained model", r"$\|\alpha_u-\alpha_v\|$", "share of digits")
     places = curves["places"]
     third.plot(places["step"], places["differ"], label="differ", **_MEASURED)
@@ -116,6 +116,7 @@ def _discrimination(curves: dict[str, Any]) -> Figure:
     first.plot(digits, prefix["loss"], label="loss", **_MEASURED)
     first.plot(digits, prefix["bound"], label=r"bound: mean $\log(1+$ collisions$)$", **_BOUND)
     first.set_ylim(bottom=0)
+    first.set_xticks(digits)
     _label(first, "items told apart by few digits", "digits used", "loss (nats)")
     margin = curves["margin"]
     order = np.argsort(margin["loss"])
@@ -145,6 +146,7 @@ def _levels(curves: dict[str, Any]) -> Figure:
     decrease = curves["levels"]["decrease"]
     names = [name for name in decrease if name != "task"]
     third.barh(names[::-1], [decrease[n] for n in names[::-1]], color=COLOURS[0])
+    third.locator_params(axis="x", nbins=4)
     third.axvline(0, color="0.3", linewidth=0.8)
     _label(third, "one step along each level", "fall of the task's loss", "", legend=False)
     return figure
