@@ -41,6 +41,8 @@ from model_parts.quantisers import ProductQuantiser, projected_codewords
 
 _WALK_SEED = 2024
 _INIT_STD = 0.02
+# Of token vectors that start as codewords: so long that the first, noisy steps do not undo them.
+_CODEWORD_STD = 0.3
 
 
 class RPG(Recommender):
@@ -113,7 +115,7 @@ class RPG(Recommender):
         if self.own.start_from_codewords:
             rows = projected_codewords(quantiser.codebooks, self.own.width, generator)
             with torch.no_grad():
-                self.tokens.weight[1:-1] = rows * _INIT_STD * math.sqrt(self.own.width)
+                self.tokens.weight[1:-1] = rows * _CODEWORD_STD * math.sqrt(self.own.width)
         return codes
 
     # ----------------------------------------------------------------- network
