@@ -814,15 +814,16 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "rpg": {
         # sizes for two CPU cores; the dataclass above has those of the paper
         "*": {
-            "train.lr": 5e-4,
+            "train.lr": 1e-3,
             "train.batch_size": 64,
             "train.schedule": "cosine",
-            "train.epochs": 50,
+            "train.epochs": 60,
             "train.eval_every": 2,
-            "rpg.width": 128,
-            "rpg.inner": 512,
+            "rpg.width": 256,
+            "rpg.inner": 768,
             "rpg.embedding_dropout": 0.3,
             "rpg.attention_dropout": 0.3,
+            "rpg.start_from_codewords": True,
         },
         "mock": {
             "train.lr": 2e-3,
