@@ -328,6 +328,7 @@ class Pctx(Seq2Seq):
 class PRISM:
     """baseline_models/prism.py; the paper's size is width 256."""
 
+    host: str = choice("sasrec", ("sasrec", "stosa"), "sequence model around the experts")
     width: int = number(256, 4, 8192, "embedding and hidden width")
     layers: int = number(1, 1, 64, "blocks")
     heads: int = number(4, 1, 64, "attention heads")
@@ -344,6 +345,8 @@ class PRISM:
     objective: str = choice(
         "sampled", ("sampled", "softmax"), "one sampled negative a position, or all items"
     )
+    pvn: float = number(0.005, 0.0, 100.0, "stosa: weight of the positive-against-negative hinge")
+    encode_mean: bool = setting(False, "stosa: encode the means too, which the release discards")
 
 
 @dataclass

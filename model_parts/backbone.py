@@ -169,11 +169,11 @@ class Positions(nn.Module):
         return self.table(index)
 
 
-def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Normal(0, std) for linear and embedding weights, zero biases: the habit of BERT and GPT-2."""
+def init_weights(module: nn.Module, std: float = 0.02, mean: float = 0.0) -> None:
+    """Normal(mean, std) for linear and embedding weights, zero biases, as in BERT and GPT-2."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=std)
+            nn.init.normal_(part.weight, mean, std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:

@@ -1,8 +1,10 @@
-"""PRISM: numbers of the released code, sizes, the experts' losses, what is pooled."""
+"""PRISM: numbers of the released code on both hosts, sizes, the experts' losses, what is pooled."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +12,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_toys import assert_same_gradients, load_weights, prefix_batch, random_toy, reference
+from graph_toys import (
+    FIXTURES,
+    assert_same_gradients,
+    load_weights,
+    prefix_batch,
+    random_toy,
+    reference,
+)
+from torch import nn
 
 from baseline_models import prism
 from baseline_models.prism import PRISM, Experts, Gate
 from config import Config
 from model_parts.base import Batch, TrainingData, count_parameters
+from model_parts.stochastic import StochasticBlock
 
 
 def make_config(**own: Any) -> Config:
@@ -44,7 +55,20 @@ class Waves:
         return torch.sin(torch.arange(x.numel()) * (self.calls + 0.5)).reshape(x.shape).to(x)
 
 
-# ---- numbers of the released code --------------------------------------------------------------
+def wave(n: int, speed: float) -> torch.Tensor:
+    """sin(speed (j + 1)) of j below n, the same on every machine."""
+    return torch.sin(speed * (torch.arange(n, dtype=torch.float64) + 1)).float()
+
+
+@torch.no_grad()
+def fill_with_waves(model: PRISM) -> None:
+    """Parameters that only their names and sizes decide; those of LayerNorm's scale around 1."""
+    for name, parameter in model.named_parameters():
+        values = 0.3 * wave(parameter.numel(), 1 + zlib.crc32(name.encode()) / 2**32)
+        parameter.copy_(values.view_as(parameter) + float(name.endswith("norm.weight")))
+
+
+# ---- numbers of the released code: SASRec ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +117,61 @@ def test_scores_are_the_released_ones(model, official):
     torch.testing.assert_close(found, official["scores"], atol=1e-5, rtol=0)
 
 
+# ---- numbers of the released code: STOSA, as released and with its means encoded ---------------
+
+
+@pytest.fixture(params=["released", "encoded"])
+def stosa(request, monkeypatch) -> tuple[PRISM, Batch, dict[str, Any]]:
+    """The model full of waves, the batch, and the numbers to find."""
+    stored = json.loads((FIXTURES / "prism_stosa.json").read_text(encoding="utf-8"))
+    n_items = 12
+    modalities = {m: (np.zeros((n_items, 6), np.float32), None) for m in ("visual", "text")}
+    catalogue = SimpleNamespace(modalities=modalities, item_ids=range(n_items))
+    config = make_config(host="stosa", layers=2, encode_mean=request.param == "encoded")
+    model = PRISM(config, catalogue).train()
+    fill_with_waves(model)
+    items, targets, negatives = (
+        nn.utils.rnn.pad_sequence([torch.tensor(row) for row in stored[name]], batch_first=True)
+        for name in ("items", "targets", "negatives")
+    )
+    lengths = (items > 0).sum(1)
+    monkeypatch.setattr(torch, "randn_like", Waves())
+    monkeypatch.setattr(prism, "draw_negatives", lambda *_: negatives[negatives > 0] - 1)
+    return model, Batch(torch.arange(len(items)), items, lengths, targets), stored[request.param]
+
+
+def assert_near(found: torch.Tensor, wanted: Any) -> None:
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-5, rtol=0)
+
+
+def test_gaussian_states_are_the_released_ones(stosa):
+    model, batch, wanted = stosa
+    states, losses = model.encode(batch)
+    there = batch.items > 0
+    assert_near(states.mean[there], wanted["mean"])
+    assert_near(states.cov[there], wanted["cov"])
+    assert_near(sum(losses.values()), wanted["expert_loss"])
+
+
+def test_ranking_losses_and_gradients_are_the_released_ones(stosa):
+    model, batch, wanted = stosa
+    parts = model.loss(batch)
+    assert_near(parts["item"], wanted["item"])
+    assert_near(parts["pvn"], wanted["pvn"])
+    sum(parts.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert gradients.keys() == wanted["gradients"].keys()
+    for name, gradient in gradients.items():
+        along = (gradient.flatten() * wave(gradient.numel(), 1.0)).sum()
+        assert_near(torch.stack([gradient.norm(), along]), wanted["gradients"][name])
+
+
+@torch.no_grad()
+def test_scores_are_minus_the_released_distances(stosa):
+    model, batch, wanted = stosa
+    assert_near(model.eval().score(batch), wanted["scores"])
+
+
 # ---- sizes -------------------------------------------------------------------------------------
 
 
@@ -104,13 +183,30 @@ def test_experts_and_gate_have_the_papers_sizes(width, experts, gate):
     assert count_parameters(Gate(4, width, 0.3, 0.7)) == gate
 
 
-def test_the_size_on_beauty_is_the_releases_less_its_phantom_item():
+def size_on_beauty(**own: Any) -> int:
+    """At the paper's width and window, without allocating anything."""
     shapes = {m: (np.broadcast_to(0.0, (12_101, 512)), None) for m in ("visual", "text")}
     config = Config()
     config.data.max_history = 100
-    with torch.device("meta"):  # nothing is allocated
-        model = PRISM(config, SimpleNamespace(modalities=shapes, item_ids=range(12_101)))
-    assert count_parameters(model) == 17_623_044 - (256 + 2 * 512)
+    config.prism = dataclasses.replace(config.prism, **own)
+    with torch.device("meta"):
+        return count_parameters(
+            PRISM(config, SimpleNamespace(modalities=shapes, item_ids=range(12_101)))
+        )
+
+
+def test_the_size_on_beauty_is_the_releases_less_its_phantom_item():
+    assert size_on_beauty() == 17_623_044 - (256 + 2 * 512)
+
+
+def test_the_size_on_stosa_is_the_releases_less_what_nothing_reads():
+    phantom_item, user_margins = 2 * (256 + 2 * 512), 22_363
+    second_encoder = count_parameters(StochasticBlock(256, 4, 0.0, encode_mean=True))
+    whole = 35_793_759 - phantom_item - user_margins - second_encoder
+    assert size_on_beauty(host="stosa", encode_mean=True) == whole
+    value_and_output, feed_forward = 2 * (256 * 256 + 256), 8 * 256 * 256 + 7 * 256
+    assert size_on_beauty(host="stosa") == whole - value_and_output - feed_forward
+    assert user_margins + second_encoder + value_and_output + feed_forward == 2_259_035
 
 
 # ---- the experts' losses -----------------------------------------------------------------------
