@@ -261,12 +261,15 @@ def test_the_gate_mixes_with_a_softmax():
 
 
 @pytest.mark.parametrize(("pooling", "leaks"), [("window", True), ("causal", False)])
-def test_only_the_released_pooling_lets_a_position_see_what_follows(pooling, leaks):
-    model = make(random_toy(), pooling=pooling).eval()
+@pytest.mark.parametrize("host", ["sasrec", "stosa"])
+def test_only_the_released_pooling_lets_a_position_see_what_follows(pooling, leaks, host):
+    model = make(random_toy(), pooling=pooling, host=host).eval()
     items = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 9]])
     batch = Batch(torch.zeros(2).long(), items, torch.full((2,), 4), items)
     with torch.no_grad():
         states, _ = model.encode(batch)
+    if host == "stosa":
+        states = torch.cat(states, dim=2)
     differs = (states[0, :3] - states[1, :3]).abs().max() > 1e-6
     assert bool(differs) == leaks
 
@@ -290,13 +293,27 @@ def test_empty_slots_of_the_window_count_as_released():
     torch.testing.assert_close(pooled[0, 0], torch.full((3,), (2 * 1 + 8 * 5) / 10))
 
 
-def test_the_row_of_empty_slots_never_learns():
+@pytest.mark.parametrize("host", ["sasrec", "stosa"])
+def test_the_row_of_empty_slots_never_learns(host):
     data = random_toy()
-    model = make(data).train()
+    model = make(data, host=host).train()
     sum(model.loss(prefix_batch(data)).values()).backward()
-    for table in (model.items, *model.features):
+    streams = [model] if host == "sasrec" else [model, model.cov]
+    for table in (table for stream in streams for table in (stream.items, *stream.features)):
         assert not table.weight.grad[0].any()
         assert table.weight.grad[1:].any()
+
+
+# ---- scores of STOSA ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_softmax_of_stosa_is_one_of_minus_distances():
+    data = random_toy()
+    model, batch = make(data, host="stosa", objective="softmax").eval(), prefix_batch(data)
+    targets = batch.targets[batch.targets > 0]  # one a prefix, at its end
+    found = model.loss(batch)["item"]
+    torch.testing.assert_close(found, F.cross_entropy(model.score(batch), targets - 1))
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -311,11 +328,21 @@ def test_an_item_without_a_modality_gets_noise_there_and_keeps_the_rest():
     torch.testing.assert_close(text, torch.tensor(data.catalogue.modalities["m1"][0][3]))
 
 
+def test_both_streams_of_stosa_start_from_the_same_features():
+    data = random_toy()
+    data.catalogue.modalities["m0"][1][3] = False
+    model = make(data, host="stosa")
+    for mean, cov in zip(model.features, model.cov.features, strict=True):
+        assert torch.equal(mean.weight[1:], cov.weight[1:])
+        assert not torch.equal(mean.weight[0], cov.weight[0])
+
+
 @pytest.mark.parametrize("widths", [(5,), (5, 4, 3)])
 @pytest.mark.parametrize("objective", ["sampled", "softmax"])
-def test_other_numbers_of_modalities_and_the_other_objective_train(widths, objective):
+@pytest.mark.parametrize("host", ["sasrec", "stosa"])
+def test_other_numbers_of_modalities_and_the_other_objective_train(widths, objective, host):
     data = random_toy(widths=widths)
-    model = make(data, objective=objective).train()
+    model = make(data, objective=objective, host=host).train()
     parts = model.loss(prefix_batch(data))
     sum(parts.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
