@@ -200,7 +200,8 @@ class PRISM(Recommender, Stream):
     def _softmax_loss(self, states: Tensor | Gaussian, targets: Tensor) -> Tensor:
         if self.cov is None:
             return item_cross_entropy(states, self.items.weight[1:], targets - 1)
-        return item_cross_entropy(states.queries(), self._all_items().keys(), targets - 1)
+        with torch.autocast(targets.device.type, enabled=False):  # for the reason of `closeness`
+            return item_cross_entropy(states.queries(), self._all_items().keys(), targets - 1)
 
     def _sampled_losses(
         self, states: Tensor | Gaussian, targets: Tensor, negatives: Tensor

@@ -37,7 +37,7 @@ class Gaussian(NamedTuple):
         return self.mean.square().sum(-1) + self.cov.sum(-1)
 
     def queries(self) -> Tensor:
-        """[..., 2d + 1]; `queries @ keys^T` is minus the distance plus the size of the query."""
+        """[..., 2d + 1]; `queries @ keys^T` is `closeness`."""
         return torch.cat([self.mean, self.root(), torch.ones_like(self.mean[..., :1])], dim=-1)
 
     def keys(self) -> Tensor:
@@ -60,7 +60,17 @@ def distances(a: Gaussian, b: Gaussian) -> Tensor:
 
     Rounding grows with the sizes, not with the distance: what `distance` gives is more exact.
     """
-    return a.size()[..., None] - a.queries() @ b.keys().transpose(-1, -2)
+    return a.size()[..., None] - closeness(a, b)
+
+
+def closeness(a: Gaussian, b: Gaussian) -> Tensor:
+    """Minus `distances(a, b)`, plus the size of a, which no softmax or ranking over b can tell.
+
+    In float32 also under autocast: a small difference of large numbers.
+    """
+    with torch.autocast(a.mean.device.type, enabled=False):
+        a, b = (Gaussian(x.mean.float(), x.cov.float()) for x in (a, b))
+        return a.queries() @ b.keys().transpose(-1, -2)
 
 
 def ranking_losses(state: Gaussian, good: Gaussian, bad: Gaussian) -> tuple[Tensor, Tensor]:
@@ -127,10 +137,9 @@ class StochasticAttention(nn.Module):
 
     def _weights(self, queries: Gaussian, keys: Gaussian) -> Tensor:
         """[B, heads, T, T]."""
-        d, T = queries.mean.shape[-1], queries.mean.shape[-2]
+        T, d = queries.mean.shape[-2:]
         future = torch.ones(T, T, dtype=torch.bool, device=queries.mean.device).triu(1)
-        # the size of a query is the same for all its keys: no matter under softmax
-        logits = queries.queries() @ keys.keys().transpose(-1, -2) / d**0.5
+        logits = closeness(queries, keys) / d**0.5
         return torch.softmax(logits.masked_fill(future, float("-inf")), dim=-1)
 
     def _add(self, x: Tensor, change: Tensor) -> Tensor:

@@ -35,6 +35,14 @@ def test_all_pairs_at_once_are_the_distances_one_by_one():
     torch.testing.assert_close(distances(a, b), one_by_one)
 
 
+def test_distances_keep_their_precision_under_autocast():
+    a, b = gaussians(5, 4), gaussians(7, 4, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (a.mean @ b.mean.T).dtype == torch.bfloat16
+        found = distances(a, b)
+    assert torch.equal(found, distances(a, b))
+
+
 def test_a_covariance_is_never_negative_and_its_root_has_a_slope_everywhere():
     raw = torch.tensor([-200.0, -1.0, 0.0, 3.0], requires_grad=True)
     cov = positive(raw)
