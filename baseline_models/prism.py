@@ -28,7 +28,7 @@ the newest item and no work is done on padding, which gives the same states; no 
 infinite.
 Checked against: numbers of the released code on toy data (tests/test_prism.py). Published on
 Beauty, seen items masked: PRISM+SASRec R@10 .0681 / N@10 .0343, its SASRec .0534 / .0247;
-PRISM+STOSA .0762 / .0481.
+PRISM+STOSA .0762 / .0481, its STOSA .0648 / .0339.
 """
 
 from __future__ import annotations
