@@ -43,7 +43,6 @@ from model_parts.graphs import (
     propagate,
     repeated,
     row_means,
-    symmetric,
     symmetric_by_rows,
 )
 
@@ -113,7 +112,6 @@ class DGMRec(GraphRecommender):
         nn.init.xavier_uniform_(self.items)
         # fitted in `begin_epoch`, constants for the loss
         self.clubs = nn.ModuleList(Club(d) for _ in widths).requires_grad_(False)
-        self.normalised = SparseGraph()
         self.item_graphs = nn.ModuleList(SparseGraph() for _ in widths)
         self.register_buffer("present", torch.ones(n_items, M, dtype=torch.bool))
         self.register_buffer("begun", torch.zeros((), dtype=torch.int64))
@@ -125,8 +123,6 @@ class DGMRec(GraphRecommender):
         """Graphs of train, feature tables, item graphs. Raises ValueError without features."""
         features, present = item_features("DGMRec", data.catalogue)
         super().prepare(data, generator)
-        shape = (data.n_users, data.n_items)
-        self.normalised.fill(symmetric(self.bipartite.edges().cpu(), shape), shape)
         self.present.copy_(present)
         for table, rows in zip(self.features, features, strict=True):
             table.copy_(rows)
