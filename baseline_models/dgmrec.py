@@ -78,6 +78,7 @@ class DGMRec(GraphRecommender):
     ablations = {
         "no disentanglement": {"dgmrec.disentangle": 0.0},
         "no alignment": {"dgmrec.align": 0.0},
+        "no generation": {"dgmrec.fill_missing": False},
         "no generation loss": {"dgmrec.generation": 0.0},
         "graphs never refreshed": {"dgmrec.alpha": 0.0},
     }
@@ -258,6 +259,8 @@ class DGMRec(GraphRecommender):
             return
         self.begun.fill_(epoch + 1)
         self._fit_clubs(generator)
+        if not self.own.fill_missing:  # the losses stay, so that nothing else differs
+            return
         self.generate(generator)
         if (epoch + 1) % self.own.refresh == 0 and self.own.alpha:
             for m in range(len(self.features)):
