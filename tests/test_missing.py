@@ -57,11 +57,13 @@ def test_users_are_chosen_by_what_their_target_lacks():
     assert found.tolist() == [False, True]
 
 
-def test_the_benchmark_prints_two_rows_for_each_rate(small_flags, capsys):
+def test_the_benchmark_prints_all_users_and_both_groups_for_each_rate(small_flags, capsys):
     flags = [*small_flags, "--set", "train.epochs=1"]
     missing_modalities.main(["--rates", "0,0.5", "--seeds", "1", *flags])
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines if line.startswith("  ")]
-    assert [row[0] for row in rows] == ["all", "target", "all", "target"]
-    assert rows[0][1] == "60" and int(rows[3][3]) > int(rows[1][3])
+    assert [row[:2] for row in rows] == 2 * [["all", "60"], ["target", "lacks"], ["target", "has"]]
+    numbers = [int(row[3]) for row in rows if row[0] == "target"]
+    assert numbers[0] + numbers[1] == 60 == numbers[2] + numbers[3]
+    assert numbers[2] > numbers[0], "more targets lack it at a higher rate"
     assert any(line.startswith("50% of mock's visual taken away") for line in lines)
