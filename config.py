@@ -359,6 +359,9 @@ class DGMRec:
     neighbours: int = number(10, 1, 1000, "items in a row of an item graph, itself included")
     alpha: float = number(0.4, 0.0, 1.0, "weight of the new item graph at a refresh")
     refresh: int = number(5, 1, 100_000, "epochs between refreshes")
+    fill_missing: bool = setting(
+        True, "features of missing modalities are generated and item graphs refreshed with them"
+    )
     disentangle: float = number(0.01, 0.0, 100.0, "lambda_1, weight of L_disentangle")
     align: float = number(0.01, 0.0, 100.0, "lambda_2, weight of L_align")
     generation: float = number(0.05, 0.0, 100.0, "weight of L_gen")

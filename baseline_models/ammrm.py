@@ -76,7 +76,7 @@ class AMMRM(GraphRecommender):
         self.separate = nn.ModuleList(SelfGate(d) for _ in widths)  # modality by behaviour
         self.user_gates = nn.ModuleList(SelfGate(d) for _ in range(len(widths) + 1))
         nn.init.xavier_uniform_(self.items)
-        self.normalised, self.pruned = SparseGraph(), SparseGraph()
+        self.pruned = SparseGraph()
         self.item_graphs = nn.ModuleList(SparseGraph() for _ in widths)
 
     @torch.no_grad()
@@ -84,10 +84,7 @@ class AMMRM(GraphRecommender):
         """Graphs of train and of features. Raises ValueError without features."""
         features, present = item_features("AMMRM", data.catalogue)
         super().prepare(data, generator)
-        shape = (data.n_users, data.n_items)
-        full = symmetric(self.bipartite.edges().cpu(), shape)
-        self.normalised.fill(full, shape)
-        self.pruned.fill(full, shape)
+        self.pruned.fill(self.normalised.edges(), (data.n_users, data.n_items))
         for m, (rows, graph) in enumerate(zip(features, self.item_graphs, strict=True)):
             getattr(self, f"features_{m}").copy_(rows)
             found = nearest(rows, self.own.neighbours, present[:, m])

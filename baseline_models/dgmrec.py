@@ -43,7 +43,6 @@ from model_parts.graphs import (
     propagate,
     repeated,
     row_means,
-    symmetric,
     symmetric_by_rows,
 )
 
@@ -79,6 +78,7 @@ class DGMRec(GraphRecommender):
     ablations = {
         "no disentanglement": {"dgmrec.disentangle": 0.0},
         "no alignment": {"dgmrec.align": 0.0},
+        "no generation": {"dgmrec.fill_missing": False},
         "no generation loss": {"dgmrec.generation": 0.0},
         "graphs never refreshed": {"dgmrec.alpha": 0.0},
     }
@@ -113,7 +113,6 @@ class DGMRec(GraphRecommender):
         nn.init.xavier_uniform_(self.items)
         # fitted in `begin_epoch`, constants for the loss
         self.clubs = nn.ModuleList(Club(d) for _ in widths).requires_grad_(False)
-        self.normalised = SparseGraph()
         self.item_graphs = nn.ModuleList(SparseGraph() for _ in widths)
         self.register_buffer("present", torch.ones(n_items, M, dtype=torch.bool))
         self.register_buffer("begun", torch.zeros((), dtype=torch.int64))
@@ -125,8 +124,6 @@ class DGMRec(GraphRecommender):
         """Graphs of train, feature tables, item graphs. Raises ValueError without features."""
         features, present = item_features("DGMRec", data.catalogue)
         super().prepare(data, generator)
-        shape = (data.n_users, data.n_items)
-        self.normalised.fill(symmetric(self.bipartite.edges().cpu(), shape), shape)
         self.present.copy_(present)
         for table, rows in zip(self.features, features, strict=True):
             table.copy_(rows)
@@ -262,6 +259,8 @@ class DGMRec(GraphRecommender):
             return
         self.begun.fill_(epoch + 1)
         self._fit_clubs(generator)
+        if not self.own.fill_missing:  # the losses stay, so that nothing else differs
+            return
         self.generate(generator)
         if (epoch + 1) % self.own.refresh == 0 and self.own.alpha:
             for m in range(len(self.features)):

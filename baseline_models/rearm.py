@@ -46,7 +46,6 @@ from model_parts.graphs import (
     propagate,
     repeated,
     row_means,
-    symmetric,
 )
 
 
@@ -96,7 +95,7 @@ class REARM(GraphRecommender):
         nn.init.normal_(self.items, std=0.1)
         for layer in (*self.project_items, *self.project_users):
             nn.init.xavier_normal_(layer.weight)
-        self.normalised, self.user_graph, self.item_graph = (SparseGraph() for _ in range(3))
+        self.user_graph, self.item_graph = SparseGraph(), SparseGraph()
 
     # ----------------------------------------------------------------- before training
 
@@ -110,8 +109,7 @@ class REARM(GraphRecommender):
         features, present = item_features("REARM", data.catalogue)
         features = [rows.to(self.items.device) for rows in features]
         super().prepare(data, generator)
-        own, shape = self.own, (data.n_users, data.n_items)
-        self.normalised.fill(symmetric(self.bipartite.edges().cpu(), shape), shape)
+        own = self.own
         interests = [row_means(self.bipartite, rows) for rows in features]
         for m, (rows, interest) in enumerate(zip(features, interests, strict=True)):
             self.features[m].copy_(rows)

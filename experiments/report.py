@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.runs import METRICS, MODELS, RANKS, Task, load_ranks
+from experiments.runs import METRICS, MODELS, RANKS, VALID_IN_GRAPH, Task, load_ranks
 from experiments.tables import Table
 from experiments.training import EPOCHS
 from metrics import Ranks, average_over_seeds, per_user
@@ -118,14 +118,24 @@ def text_table(runs: list[Run]) -> str:
     """Test metrics, one line per run, under a line that says how they were measured."""
     if not runs:
         return "No run has finished."
-    names = [f"{run.model}: {run.label}" if run.label else run.model for run in runs]
-    width = max(map(len, names)) + 2
+    rows = []
+    for run in runs:
+        name = f"{run.model}: {run.label}" if run.label else run.model
+        rows.append((name, run.seed, run.result["test"]))
+        if VALID_IN_GRAPH in run.result:
+            rows.append((informed(name), run.seed, run.result[VALID_IN_GRAPH]))
+    width = max(len(name) for name, *_ in rows) + 2
     lines = [caption(runs[0].result)]
     lines.append(f"{'model':<{width}}{'seed':>6}" + "".join(f"{c:>11}" for c in COLUMNS))
-    for name, run in zip(names, runs, strict=True):
-        values = "".join(f"{run.result['test'][column]:>11.4f}" for column in COLUMNS)
-        lines.append(f"{name:<{width}}{run.seed:>6}{values}")
+    for name, seed, metrics in rows:
+        values = "".join(f"{metrics[column]:>11.4f}" for column in COLUMNS)
+        lines.append(f"{name:<{width}}{seed:>6}{values}")
     return "\n".join(lines)
+
+
+def informed(name: str) -> str:
+    """What the second line of a model that reads no history is called."""
+    return f"{name}, valid item in graph"
 
 
 def show(folder: Path, task: Task, latest: Path | None = None) -> list[Table]:

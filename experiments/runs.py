@@ -42,6 +42,7 @@ from util import (
 logger = getLogger("pmat")
 MODELS = our_models.MODELS | baseline_models.MODELS
 METRICS, RANKS, CONFIG = "metrics.json", "ranks.npz", "config.yaml"
+VALID_IN_GRAPH = "test_with_valid_in_graph"  # second test metrics of models that read no history
 LIST_LENGTH = 10  # of the lists that coverage looks at
 
 
@@ -140,6 +141,7 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
         ),
         "environment": environment(device),
     }
+    result |= _with_valid_in_graph(model, config, task, device)
     if rank() == 0:
         _save_ranks(folder / RANKS, found, task)
         personal.write_personal(folder, model, task.dataset, histories, config)
@@ -210,6 +212,21 @@ def _result(
         ),
         "description": model.describe(),
     }
+
+
+def _with_valid_in_graph(
+    model: Recommender, config: Config, task: Task, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Test metrics of the same weights once the valid items, which every history holds at test, are
+    in the user-item graph; empty for a model that reads histories."""
+    split = task.split
+    informed = model.with_interactions(split.train_and_valid)
+    if informed is None:
+        return {}
+    note = "test, valid item in graph"
+    found = evaluate(informed, split.train_and_valid, split.test, config, device, note=note)
+    chosen = found.masked if config.train.mask_seen else found.unmasked
+    return {VALID_IN_GRAPH: ranking_metrics(chosen)}
 
 
 def _save_ranks(path: Path, found: Evaluation, task: Task) -> None:

@@ -32,6 +32,7 @@ class Table(NamedTuple):
     columns: list[Column]
     frame: pd.DataFrame
     rule: str = ""  # column of the frame: a line is drawn where it changes
+    apart: str = ""  # column of the frame: rows where it is true are not among the best
 
 
 class Cell(NamedTuple):
@@ -58,17 +59,20 @@ def write_table(table: Table, *places: Path) -> None:
 
 def cells(table: Table) -> list[list[Cell]]:
     """The printed cells, row by row."""
-    columns = [_column_cells(table.frame, column) for column in table.columns]
+    frame = table.frame
+    apart = frame[table.apart].tolist() if table.apart else [False] * len(frame)
+    columns = [_column_cells(frame, column, apart) for column in table.columns]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _column_cells(frame: pd.DataFrame, column: Column) -> list[Cell]:
+def _column_cells(frame: pd.DataFrame, column: Column, apart: list[bool]) -> list[Cell]:
     values = frame[column.key].tolist()
     empty = [None] * len(values)
     deviations = frame[f"{column.key} std"].tolist() if f"{column.key} std" in frame else empty
     marks = frame[f"{column.key} mark"].tolist() if f"{column.key} mark" in frame else empty
     texts = [_shown(value, column.form) for value in values]
-    places = _places(texts, values, column.best)
+    compared = [t if not alone else "–" for t, alone in zip(texts, apart, strict=True)]
+    places = _places(compared, values, column.best)
     return [
         Cell(text, _shown(deviation, column.form, ""), mark if isinstance(mark, str) else "", place)
         for text, deviation, mark, place in zip(texts, deviations, marks, places, strict=True)

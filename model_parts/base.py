@@ -113,6 +113,14 @@ class Recommender(nn.Module):
         """
         return None
 
+    def with_interactions(self, interactions: Any) -> Recommender | None:
+        """The same weights with a user-item graph of these interactions, for scoring only.
+
+        `interactions` has the fields of `TrainingData.train` and the same users. None for a model
+        that reads histories, which needs no graph to hear of a new item; this one is not changed.
+        """
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Facts worth keeping beside the metrics; a model adds its own."""
         return {"parameters": count_parameters(self)}

@@ -1,11 +1,13 @@
 """The part static graph models share: user and item vectors, pairs to learn from, features.
 
 These models know a user by a row of a table and by train interactions in graphs; they do not read
-the history of a batch. At test, where sequence models see the valid item, they do not.
+the history of a batch. At test, where sequence models see the valid item, they do not, unless
+`with_interactions` adds it to the graph.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_parts.base import Batch, Recommender, TrainingData
-from model_parts.graphs import SparseGraph, Table, draw_negatives, interaction_edges
+from model_parts.graphs import SparseGraph, Table, draw_negatives, interaction_edges, symmetric
 
 
 class Triples(NamedTuple):
@@ -27,27 +29,44 @@ class Triples(NamedTuple):
 class GraphRecommender(Recommender):
     """Ranks by the inner product of `vectors()`, which are made once for all users and kept.
 
-    `bipartite` is the binary matrix of train interactions [U, N]; the user table gets its rows in
-    `prepare`, since a catalogue does not say how many users there are.
+    `bipartite` is the binary matrix of train interactions [U, N], `normalised` the same with
+    weights 1 / sqrt(d_u d_i); the user table gets its rows in `prepare`, since a catalogue does not
+    say how many users there are.
     """
 
     examples = "prefixes"
     bucketed: ClassVar[bool] = False
-    bipartite: SparseGraph
 
     def __init__(self, n_items: int, width: int) -> None:
         super().__init__()
         self.users = Table(width)
         self.items = nn.Parameter(torch.empty(n_items, width))
-        self.bipartite = SparseGraph()
+        self.bipartite, self.normalised = SparseGraph(), SparseGraph()
         self._vectors: tuple[Tensor, Tensor] | None = None
         self.register_load_state_dict_post_hook(lambda model, _: model.forget())
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
-        """The bipartite graph of train, and the user table."""
-        self.bipartite.fill(interaction_edges(data.train), (data.n_users, data.n_items))
+        """The user-item graph of train, and the user table."""
+        self._connect(data.train, data.n_users)
         self.users.fill(self.first_users(data.n_users, generator))
+
+    def _connect(self, interactions: Any, n_users: int) -> None:
+        shape = (n_users, len(self.items))
+        self.bipartite.fill(interaction_edges(interactions), shape)
+        self.normalised.fill(symmetric(self.bipartite.edges().cpu(), shape), shape)
         self.forget()
+
+    def with_interactions(self, interactions: Any) -> GraphRecommender:
+        """A copy that shares the parameters and propagates along these interactions.
+
+        Only the user-item graph is new. Graphs among users or among items, and what else `prepare`
+        and the epochs made of train, belong to what was learnt and stay.
+        """
+        self.forget()
+        shared = {id(parameter): parameter for parameter in self.parameters()}
+        model = copy.deepcopy(self, shared)
+        model._connect(interactions, len(self.users.weight))
+        return model
 
     def first_users(self, n_users: int, generator: torch.Generator) -> Tensor:
         """What the user table starts from: Xavier uniform, [U, d]."""

@@ -205,6 +205,17 @@ def test_only_what_misses_exactly_one_modality_is_generated():
     assert torch.equal(dense(model.item_graphs[0])[2], F.one_hot(torch.tensor(2), 15).float())
 
 
+def test_without_generation_missing_features_and_their_graphs_stay_as_they_are():
+    model = make(with_missing(), fill_missing=False, refresh=1)
+    before = [x.detach().clone() for x in model.features]
+    graphs = [dense(graph) for graph in model.item_graphs]
+    for epoch in range(3):
+        model.begin_epoch(epoch, torch.Generator().manual_seed(epoch))
+    assert all(torch.equal(x, old) for x, old in zip(model.features, before, strict=True))
+    pairs = zip(model.item_graphs, graphs, strict=True)
+    assert all(torch.equal(dense(graph), old) for graph, old in pairs)
+
+
 def test_graphs_are_refreshed_every_fifth_epoch_and_resuming_does_not_repeat_it():
     model = make(with_missing(), alpha=0.4)
     for epoch in range(4):

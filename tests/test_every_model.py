@@ -244,6 +244,22 @@ def test_modality_weights_are_shares_of_each_user(name, fitted, task):
     torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)))
 
 
+@every_model
+def test_added_interactions_reach_scores_through_the_graph_alone(name, fitted, task):
+    model, _, _, _, batch = fitted(name)
+    informed = model.with_interactions(task.split.train_and_valid)
+    if informed is None:
+        pytest.skip("reads histories")
+    before, again = model.score(batch), model.with_interactions(task.split.train)
+    assert torch.equal(again.eval().score(batch), before), "nothing was added"
+    assert not torch.equal(informed.eval().score(batch), before)
+    assert torch.equal(model.score(batch), before), "the model itself keeps its graph"
+    pairs = zip(informed.parameters(), model.parameters(), strict=True)
+    assert all(one is other for one, other in pairs), "weights are the same"
+    back = informed.with_interactions(task.split.train)
+    assert torch.equal(back.eval().score(batch), before), "nothing but the graph was changed"
+
+
 # --------------------------------------------------------------------------- stored and repeated
 
 

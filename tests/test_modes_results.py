@@ -160,6 +160,28 @@ def test_models_are_tested_against_the_best_baseline(baseline_folder):
     assert (row["ndcg@10 mark"] == "*") == (row["p (Holm)"] < 0.05)
 
 
+def test_the_valid_item_in_the_graph_is_a_second_line_below_all_models(
+    mode_flags, tmp_path, newest, fast_outputs, capsys
+):
+    arguments = ["--mode", "baseline", "--model", "popularity,ammrm", "--seeds", "2"]
+    assert main([*arguments, *mode_flags]) == 0
+    second = "ammrm, valid item in graph"
+    assert capsys.readouterr().out.count(second) == 2, "on the screen one for each seed"
+    folder = newest(tmp_path)
+    table = pd.read_csv(folder / "baseline_results.csv").set_index("model")
+    assert set(table.index[:2]) == {"popularity", "ammrm"} and table.index[2] == second
+    stored = [run.result for run in read_runs(folder) if run.model == "ammrm"]
+    by_hand = np.mean([result["test_with_valid_in_graph"]["recall@10"] for result in stored])
+    assert table.loc[second, "recall@10"] == pytest.approx(by_hand)
+    by_hand = np.mean([result["test"]["recall@10"] for result in stored])
+    assert table.loc["ammrm", "recall@10"] == pytest.approx(by_hand)
+    assert np.isnan(table.loc[second, "p"])
+    text = (folder / "baseline_results.tex").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith(second)]
+    assert "textbf" not in line and "underline" not in line
+    assert text.split(second)[0].rstrip().endswith(r"\midrule")
+
+
 def test_report_rebuilds_the_same_tables_without_training(
     baseline_folder, tmp_path, monkeypatch, capsys, fast_outputs
 ):

@@ -16,7 +16,7 @@ import torch
 
 from experiments import runs
 from experiments.requests import REQUEST
-from experiments.runs import METRICS, MODELS, run
+from experiments.runs import METRICS, MODELS, VALID_IN_GRAPH, run
 from experiments.training import LATEST, Trainer
 from main import main
 from util import claim
@@ -54,6 +54,28 @@ def test_stage_one_is_handed_the_train_part_only(name, tiny, task, tmp_path, mon
     assert len(data.train.items) == len(task.dataset.sequences.items) - held_out
     assert set(data._fields) == {"train", "catalogue", "n_users", "n_items"}
     assert data.catalogue is task.dataset.catalogue
+
+
+@pytest.mark.parametrize("name", ["dgmrec", "rearm", "ammrm", "sasrec", "popularity"])
+def test_graph_models_are_tested_a_second_time_with_the_valid_items(
+    name, tiny, task, tmp_path, monkeypatch
+):
+    model_class, handed = runs.model_class(name), []
+    with_interactions = model_class.with_interactions
+
+    def watched(model, interactions):
+        handed.append(interactions)
+        return with_interactions(model, interactions)
+
+    monkeypatch.setattr(model_class, "with_interactions", watched)
+    result = run(tiny(name), task, tmp_path)
+    if name in ("sasrec", "popularity"):
+        assert VALID_IN_GRAPH not in result
+        return
+    (interactions,) = handed
+    assert interactions is task.split.train_and_valid, "no test target is handed over"
+    assert set(result[VALID_IN_GRAPH]) <= set(result["test"])
+    assert result[VALID_IN_GRAPH] != {k: result["test"][k] for k in result[VALID_IN_GRAPH]}
 
 
 # --------------------------------------------------------------------------- small and poor data
