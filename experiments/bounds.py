@@ -35,7 +35,8 @@ class Check(NamedTuple):
     def summary(self) -> dict[str, Any]:
         """Numbers for the table: means, violations, tightness, and how often it says anything.
 
-        `tightness` is the smaller of the two means over the larger: 1 for an equality.
+        `tightness` is the smaller of the two means over the larger: 1 for an equality, 0 where a
+        lower bound is negative.
         `informative` is the share of instances on which the bound beats the trivial one.
         """
         bound, measured = np.mean(self.bound), np.mean(self.measured)
@@ -48,7 +49,7 @@ class Check(NamedTuple):
             "measured": float(measured),
             "trivial": float(np.mean(self.trivial)) if np.isfinite(self.trivial).all() else None,
             "violations": int((self.excess() > _NOISE).sum()),
-            "tightness": float(small / large) if large > 0 else 1.0,
+            "tightness": float(max(small, 0.0) / large) if large > 0 else 1.0,
             "informative": float(np.mean(better)),
         }
 

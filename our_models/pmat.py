@@ -39,9 +39,9 @@ from model_parts.quantisers import projected_codewords
 from our_models.tokenizer import PersonalTokenizer
 
 # Contexts of other users that the control with permuted users looks through.
+_STRANGERS = 1024
 # Score of one unit of log(1 + train count), where IDs are equal.
 _TIE_BREAK = 1e-4
-_STRANGERS = 1024
 # Numbers held at once where users meet items: 8 MB, so that they stay in cache.
 _PAIR_NUMBERS = {"cpu": 2_000_000, "cuda": 256_000_000}
 

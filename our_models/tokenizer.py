@@ -49,7 +49,7 @@ class PersonalTokenizer(Recommender):
         grid = simplex_grid(n_modalities, own.grid)
         self.register_buffer("grid", grid)
         self.register_buffer("corners", grid.argmax(0))
-        self.register_buffer("towards", next_grid_points(grid))
+        self.register_buffer("towards", next_grid_points(grid), persistent=False)
         self.register_buffer("counts", torch.ones(n_items))
         self.register_buffer("latents", torch.zeros(n_items, n_modalities, own.latent))
         self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
