@@ -293,9 +293,9 @@ class MMQ(Seq2SeqRecommender):
     def soft_tokens(self, items: Tensor) -> Tensor:
         """Token vectors of items [B, T], with a gradient for the tokenizer: [B, T, L, d]."""
         distinct, place = items.unique(return_inverse=True)
-        codes = self.tokenizer.soft_codes(
-            self.inputs[(distinct - 1).clamp(min=0)], self.own.softness
-        )
+        inputs = self.inputs[(distinct - 1).clamp(min=0)]
+        with torch.autocast(inputs.device.type, enabled=False):  # half precision changes codes
+            codes = self.tokenizer.soft_codes(inputs, self.own.softness)
         words = self.tokens.weight[: self.digits * self.n_codes].unflatten(0, (self.digits, -1))
         vectors = torch.bmm(codes.transpose(0, 1), words).transpose(0, 1)  # [U, L, d]
         return F.embedding(place, vectors.flatten(1)).unflatten(2, (self.digits, -1))
@@ -306,13 +306,10 @@ class MMQ(Seq2SeqRecommender):
         if self.training and self.tuning:
             rows = batch.items[batch.items > 0].unique() - 1
             weight = self.own.tune
-            parts |= self.tokenizer.losses(
-                self.inputs[rows],
-                self.present[rows],
-                weight,
-                weight if self.own.aux else 0.0,
-                _TUNED_CODEBOOK,
-            )
+            auxiliary = weight if self.own.aux else 0.0
+            inputs, present = self.inputs[rows], self.present[rows]
+            with torch.autocast(inputs.device.type, enabled=False):  # as in `soft_tokens`
+                parts |= self.tokenizer.losses(inputs, present, weight, auxiliary, _TUNED_CODEBOOK)
         return parts
 
 

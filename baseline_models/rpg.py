@@ -168,7 +168,7 @@ class RPG(Recommender):
     @torch.no_grad()
     def graph(self) -> Tensor:
         """[N, edges] neighbours of every item under the present weights, built when needed."""
-        if self._graph is None:
+        if self._graph is None or self._graph.device != self.codes.device:
             tokens = self.digit_tokens().float()
             cosines = torch.bmm(tokens, tokens.transpose(1, 2))  # [m, K, K]
             self._graph = similarity_graph(self.codes, (cosines + 1) / 2, self.own.edges)

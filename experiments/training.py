@@ -190,23 +190,25 @@ class Trainer:
         values = torch.stack([part.float() for part in parts.values()]) * share
         self.scaler.scale(values.sum()).backward()
         means = sum_over_processes(values.detach())
-        if not bool(torch.isfinite(means).all()):
-            self._skip(batch)
-            return
         self._sum_gradients()
         self.scaler.unscale_(self.optimiser)
         # also without clipping: a gradient that is not finite would spoil all weights at once
         limit = self.config.train.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        if not self.scaler.is_enabled() and not bool(norm.isfinite()):
+        # one read from the device, which waits for all that is queued there
+        *losses, targets, length = torch.cat([means, torch.stack([everyone, norm])]).tolist()
+        # half precision may overflow in the gradient: its scaler skips the step by itself
+        checked = losses if self.scaler.is_enabled() else [*losses, length]
+        if not all(map(math.isfinite, checked)):
+            self.scaler.update()
             self._skip(batch)
             return
         self.scaler.step(self.optimiser)
         self.scaler.update()
         progress.bad_steps = 0
-        progress.targets += float(everyone)
-        for name, mean in zip(parts, means.tolist(), strict=True):
-            progress.sums[name] = progress.sums.get(name, 0.0) + mean * float(everyone)
+        progress.targets += targets
+        for name, mean in zip(parts, losses, strict=True):
+            progress.sums[name] = progress.sums.get(name, 0.0) + mean * targets
 
     def _sum_gradients(self) -> None:
         if world_size() == 1:

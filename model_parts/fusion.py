@@ -59,7 +59,9 @@ def next_grid_points(grid: Tensor) -> Tensor:
 def nearest_grid_point(weights: Tensor, grid: Tensor) -> Tensor:
     """Index of the grid point nearest to each weight vector: [M, ...] -> [...] int64."""
     flat = weights.flatten(1)
-    closeness = torch.addmm(-0.5 * grid.square().sum(1, keepdim=True), grid, flat)  # [G, ...]
+    # in float32 also under autocast, so that training and test see the same codes
+    with torch.autocast(flat.device.type, enabled=False):
+        closeness = torch.addmm(-0.5 * grid.square().sum(1, keepdim=True), grid, flat)  # [G, ...]
     best, index = closeness[0], torch.zeros_like(flat[0], dtype=torch.long)
     for point, other in enumerate(closeness[1:], start=1):  # many times faster than argmax(0)
         index.masked_fill_(other > best, point)
@@ -123,20 +125,25 @@ class ModalityAttention(nn.Module):
 
         The logit of a pair is the dot product of its sides, modality by modality.
         """
-        ones = context.new_ones(len(context), self.modalities, 1)
-        own = torch.zeros_like(ones) if self.of_user is None else self.of_user(context)[..., None]
-        if self.query is None:
-            return torch.cat([ones, own], dim=2)
-        query = self.query(context).unflatten(1, (self.modalities, -1)) * self.scale
-        return torch.cat([ones, own, query], dim=2)
+        parts = [context.new_ones(len(context), self.modalities, 1)]
+        # in float32 also under autocast, for the reason of `nearest_grid_point`
+        with torch.autocast(context.device.type, enabled=False):
+            of_user = self.of_user
+            own = torch.zeros_like(parts[0]) if of_user is None else of_user(context)[..., None]
+            parts.append(own)
+            if self.query is not None:
+                query = self.query(context).unflatten(1, (self.modalities, -1))
+                parts.append(query * self.scale)
+        return torch.cat(parts, dim=2)
 
     def item_side(self, latents: Tensor, present: Tensor) -> Tensor:
         """Items [S, M, z], [S, M] -> [S, M, 2 + d_a]: the item's own term, 1, the key."""
         own = (~present).to(latents.dtype) * _MISSING
-        if self.of_item is not None:
-            own = own + self.of_item(latents.flatten(1))
-        parts = [own[..., None], latents.new_ones(*own.shape, 1)]
-        return torch.cat(parts if self.key is None else [*parts, self.key(latents)], dim=2)
+        with torch.autocast(latents.device.type, enabled=False):
+            if self.of_item is not None:
+                own = own + self.of_item(latents.flatten(1))
+            parts = [own[..., None], latents.new_ones(*own.shape, 1)]
+            return torch.cat(parts if self.key is None else [*parts, self.key(latents)], dim=2)
 
     def forward(self, context: Tensor, latents: Tensor, present: Tensor) -> Tensor:
         """Every user with every item: [B, c], [S, M, z], [S, M] -> weights [M, B, S]."""
@@ -150,4 +157,6 @@ class ModalityAttention(nn.Module):
 
 def blend_weights_of(users: Tensor, items: Tensor) -> Tensor:
     """Sides of B users [B, M, a] and S items [S, M, a] -> weights [M, B, S]."""
-    return torch.softmax(torch.bmm(users.transpose(0, 1), items.permute(1, 2, 0)), dim=0)
+    # in float32 also under autocast, for the reason of `nearest_grid_point`
+    with torch.autocast(users.device.type, enabled=False):
+        return torch.softmax(torch.bmm(users.transpose(0, 1), items.permute(1, 2, 0)), dim=0)

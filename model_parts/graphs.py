@@ -329,7 +329,7 @@ def co_occurrence(graph: SparseGraph, k: int, by_items: bool = False) -> Neighbo
         taken = torch.zeros(n_shared, len(rows), device=mine.device)
         taken[mine, columns] = 1.0
         shared = others(taken).T.contiguous()  # [b, n]
-        shared[torch.arange(len(rows)), rows] = 0.0
+        shared[torch.arange(len(rows), device=mine.device), rows.to(mine.device)] = 0.0
         return shared.masked_fill_(shared == 0, float("-inf"))
 
     return _best_of_blocks(counts, n, k, n_shared)

@@ -50,7 +50,7 @@ def kmeans(points: Tensor, k: int, generator: torch.Generator, n_iterations: int
 def spread_points(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k-means++ start: points [L, P, s] -> [L, k, s], each drawn far from those drawn before."""
     n_sets, n_points, _ = points.shape
-    rows = torch.arange(n_sets)
+    rows = torch.arange(n_sets, device=points.device)
     draws = torch.rand(k, n_sets, 1, generator=generator, dtype=torch.float64).to(points.device)
     squares = points.square().sum(2)  # [L, P]
     nearest = torch.ones_like(squares)

@@ -46,8 +46,8 @@ class Gaussian(NamedTuple):
 
 
 def positive(x: Tensor) -> Tensor:
-    """elu(x) + 1: any number into a covariance."""
-    return F.elu(x) + 1
+    """elu(x) + 1: any number into a covariance. In float32, since small ones are differences."""
+    return F.elu(x.float()) + 1
 
 
 def distance(a: Gaussian, b: Gaussian) -> Tensor:

@@ -129,8 +129,9 @@ class MCRL(Recommender):
         self.present.copy_(present)
         k = self.neighbours.shape[2]
         for m in range(len(self.encoders)):
-            found = feature_neighbours(inputs[:, m], present[:, m], k)
-            self.neighbours[m] = F.pad(found, (0, k - found.shape[1]), mode="replicate")
+            found = feature_neighbours(self.inputs[:, m], self.present[:, m], k)
+            last = found[:, -1:].expand(-1, k - found.shape[1])  # again where there are fewer
+            self.neighbours[m] = torch.cat([found, last], dim=1)
         self._fit_codebooks(generator)
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
@@ -154,7 +155,8 @@ class MCRL(Recommender):
     def _words(self, blends: Tensor) -> Tensor:
         """The codewords of unit blends [P, M, z], scaled to unit length."""
         even = torch.ones(blends.shape[1], 1, device=blends.device)  # they are weighted already
-        codes = self.quantiser.codes(self.quantiser.tables(blends), even)
+        with torch.autocast(blends.device.type, enabled=False):  # rounded, codes would be others
+            codes = self.quantiser.codes(self.quantiser.tables(blends), even)
         return self.quantiser.decode(codes)
 
     def users(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -297,7 +299,7 @@ class PMATWithMCRL(PMAT):
         super().prepare(data, generator)
         self.mcrl.start_from(self.counts, self.latents, self.present, generator)
         self._learn_encoders(data, generator)
-        everything = torch.arange(data.n_items)
+        everything = torch.arange(data.n_items, device=self.counts.device)
         with torch.no_grad():
             self.latents.copy_(self.mcrl.encoded(everything))
         self.fit_codes(generator)
@@ -314,7 +316,8 @@ class PMATWithMCRL(PMAT):
         with torch.enable_grad():
             for _ in range(steps):
                 optimiser.zero_grad(set_to_none=True)
-                sum(self.mcrl.loss(prefixes.draw(size, generator)).values()).backward()
+                batch = prefixes.draw(size, generator).to(self.counts.device)
+                sum(self.mcrl.loss(batch).values()).backward()
                 optimiser.step()
                 schedule.step()
         self.mcrl.requires_grad_(False)

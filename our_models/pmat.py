@@ -118,7 +118,7 @@ class PMAT(PersonalTokenizer):
         """The tokenizer, and histories of random users at random moments for the control."""
         super().prepare(data, generator)
         offsets = torch.tensor(data.train.offsets)
-        items = torch.tensor(data.train.items, dtype=torch.long)
+        items = torch.tensor(data.train.items, dtype=torch.long, device=self.counts.device)
         active = torch.nonzero(offsets.diff() > 0)[:, 0]
         for row, user in enumerate(
             active[torch.randint(len(active), (_STRANGERS,), generator=generator)].tolist()
@@ -170,7 +170,8 @@ class PMAT(PersonalTokenizer):
         if self.own.personalised == "permuted":
             summaries = self.strangers[batch.users % _STRANGERS][:, None].expand(-1, T, -1)
         elif not self.own.dynamic:  # what the first items said holds for ever
-            summaries = summaries[:, torch.arange(T).clamp(max=self.own.warm_items - 1)]
+            steps = torch.arange(T, device=summaries.device)
+            summaries = summaries[:, steps.clamp(max=self.own.warm_items - 1)]
         return self.context_of(F.pad(summaries, (0, 0, 1, 0)))
 
     def context_of(self, summaries: Tensor) -> Tensor:

@@ -70,8 +70,9 @@ class PersonalTokenizer(Recommender):
         Raises ValueError without features.
         """
         items = torch.tensor(data.train.items, dtype=torch.long)
-        self.counts.copy_(torch.bincount(items, minlength=data.n_items + 1)[1:])
-        latents, present = item_latents(data, self.counts > 0, self.own, generator)
+        counts = torch.bincount(items, minlength=data.n_items + 1)[1:]
+        self.counts.copy_(counts)
+        latents, present = item_latents(data, counts > 0, self.own, generator)
         self.latents.copy_(latents)
         self.present.copy_(present)
         self.fit_codes(generator)
