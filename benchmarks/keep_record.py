@@ -2,6 +2,7 @@
 
     python benchmarks/keep_record.py docs/results/beauty results/baseline_.../sasrec_seed42 ...
     python benchmarks/keep_record.py docs/results/beauty        # only print the table of records
+    python benchmarks/keep_record.py docs/results/beauty --against bsarec
 
 Each run becomes `<place>/<model>[-<label>]_seed<seed>/` of some 60 KB. `ranks.npz` is packed for
 size, `unpack` reads it back: twice the masked rank (ties end in .5), how much further down the same
@@ -13,10 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from metrics import Ranks, paired_bootstrap, per_user
 
 KEPT = ("metrics.json", "epochs.jsonl")
 LOCAL = {"run": ("save_dir", "log_dir", "device"), "data": ("data_dir",)}  # of one machine only
@@ -65,26 +71,61 @@ def unpack(record: Path) -> dict[str, np.ndarray]:
         }
 
 
-def table(place: Path) -> str:
-    """Markdown table of all records, best valid NDCG@10 last: test metrics under both maskings."""
-    found = [
-        (path.parent.name, json.loads(path.read_text(encoding="utf-8")))
-        for path in sorted(place.glob("*/metrics.json"))
-    ]
-    found.sort(key=lambda pair: pair[1]["valid"]["ndcg@10"])
-    lines = [
-        "| record | valid N@10 | R@10 | N@10 | R@10, unmasked | N@10, unmasked | parameters "
-        "| epochs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, run in found:
-        both = run["test_by_masking"]
-        cells = [run["valid"]["ndcg@10"]]
-        cells += [both[m][k] for m in ("masked", "unmasked") for k in ("recall@10", "ndcg@10")]
-        shown = " | ".join(f"{value:.4f}" for value in cells)
-        speed = run["efficiency"]
-        lines.append(f"| {name} | {shown} | {speed['parameters']:,} | {speed['epochs']} |")
-    return "\n".join(lines)
+def table(place: Path, against: str = "") -> str:
+    """Markdown table of all records, best valid NDCG@10 last: means over seeds under both maskings.
+
+    With `against`, the name of a record without its seed, also the difference in NDCG@10 of every
+    user (seen items masked, mean over the seeds each side has) with a 95 % bootstrap interval.
+    """
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(place.glob("*/metrics.json")):
+        groups.setdefault(path.parent.name.rpartition("_seed")[0], []).append(path.parent)
+    if against and against not in groups:
+        raise SystemExit(f"{place} has no record '{against}'; there are {', '.join(groups)}.")
+    theirs = _gains(groups[against]) if against else None
+    rows = sorted((_row(name, records, against, theirs) for name, records in groups.items()))
+    head = [
+        "record", "seeds", "valid N@10", "R@10", "N@10", "R@10, unmasked", "N@10, unmasked",
+        "parameters", "epochs",
+    ] + [f"N@10 minus {against}"] * bool(against)  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + [line for _, line in rows])
+
+
+def _row(
+    name: str, records: list[Path], against: str, theirs: np.ndarray | None
+) -> tuple[float, str]:
+    runs = [json.loads((r / "metrics.json").read_text(encoding="utf-8")) for r in records]
+    valid = [run["valid"]["ndcg@10"] for run in runs]
+    cells = [f"{np.mean(valid):.4f}"]
+    for masking in ("masked", "unmasked"):
+        for metric in ("recall@10", "ndcg@10"):
+            values = [run["test_by_masking"][masking][metric] for run in runs]
+            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4f}{spread}")
+    speed = runs[0]["efficiency"]
+    epochs = sorted({run["efficiency"]["epochs"] for run in runs})
+    cells += [f"{speed['parameters']:,}", " to ".join(str(e) for e in {epochs[0], epochs[-1]})]
+    if theirs is not None:
+        cells.append("" if name == against else _difference(_gains(records), theirs))
+    return float(np.mean(valid)), f"| {name} | {len(runs)} | {' | '.join(cells)} |"
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> str:
+    found = paired_bootstrap(ours, theirs)
+    return f"{found.difference:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
+
+
+def _gains(records: list[Path]) -> np.ndarray:
+    """NDCG@10 of every user, mean over records; users come in the same order in all of them."""
+    return np.mean([_gain_of(unpack(record)) for record in records], axis=0)
+
+
+def _gain_of(record: dict[str, np.ndarray]) -> np.ndarray:
+    users, counts = np.unique(record["users"], return_counts=True)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    ranks = Ranks(users, record["masked"], offsets, np.ones(len(record["masked"]), dtype=int))
+    return per_user(ranks, "ndcg", 10)
 
 
 def main() -> None:
@@ -95,10 +136,11 @@ def main() -> None:
     parser.add_argument(
         "--label", default="", help="what sets these runs apart, such as random-codes"
     )
+    parser.add_argument("--against", default="", help="record that others are compared with")
     arguments = parser.parse_args()
     for run in arguments.runs:
         keep(run, arguments.place, arguments.label)
-    print(table(arguments.place))
+    print(table(arguments.place, arguments.against))
 
 
 if __name__ == "__main__":
