@@ -4,6 +4,9 @@
     python benchmarks/keep_record.py docs/results/beauty        # only print the table of records
     python benchmarks/keep_record.py docs/results/beauty --against bsarec
 
+    python benchmarks/keep_record.py docs/results/beauty --restore results/beauty \
+        --dataset ../shared/data/beauty                         # a folder for main.py --mode report
+
 Each run becomes `<place>/<model>[-<label>]_seed<seed>/` of some 60 KB. `ranks.npz` is packed for
 size, `unpack` reads it back: twice the masked rank (ties end in .5), how much further down the same
 target is when seen items stay in, and the steps between user rows; user ids are the data set's.
@@ -22,7 +25,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from config import build_config
+from experiments.runs import load_task
 from metrics import Ranks, paired_bootstrap, per_user
+from util import write_json, write_yaml
 
 KEPT = ("metrics.json", "epochs.jsonl")
 LOCAL = {"run": ("save_dir", "log_dir", "device"), "data": ("data_dir",)}  # of one machine only
@@ -92,6 +98,33 @@ def table(place: Path, against: str = "") -> str:
     return "\n".join(lines + [line for _, line in rows])
 
 
+def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
+    """Make a run folder of mode `baseline` or `ablation` out of records, for mode report.
+
+    Semantic IDs and modality weights of users are not in records, so their figures are not drawn.
+    """
+    request = {"run.mode": mode, "data.dataset": dataset}
+    task = load_task(build_config(request))
+    test, user_ids = task.split.test, task.dataset.user_ids
+    owners = np.repeat(test.users, np.diff(test.offsets))
+    for path in sorted(place.glob("*/metrics.json")):
+        record, target = path.parent, folder / path.parent.name
+        result = json.loads(path.read_text(encoding="utf-8"))
+        name = record.name.rpartition("_seed")[0]
+        result["label"] = name.removeprefix(result["model"]).removeprefix("-").replace("-", " ")
+        ranks = unpack(record)
+        if not np.array_equal(ranks["users"], owners):
+            raise SystemExit(f"{record} is not of {dataset}, or was read with other settings.")
+        target.mkdir(parents=True, exist_ok=True)
+        write_json(target / "metrics.json", result)
+        if (record / "epochs.jsonl").exists():
+            shutil.copy(record / "epochs.jsonl", target)
+        np.savez_compressed(
+            target / "ranks.npz", user_ids=user_ids[owners], targets=test.items, **ranks
+        )
+    write_yaml(folder / "request.yaml", {"flags": request, "overlay": {}})
+
+
 def _row(
     name: str, records: list[Path], against: str, theirs: np.ndarray | None
 ) -> tuple[float, str]:
@@ -137,7 +170,16 @@ def main() -> None:
         "--label", default="", help="what sets these runs apart, such as random-codes"
     )
     parser.add_argument("--against", default="", help="record that others are compared with")
+    parser.add_argument("--restore", type=Path, help="run folder to make of the records")
+    parser.add_argument("--dataset", help="restore: the data set that the records are of")
+    parser.add_argument("--mode", default="baseline", choices=("baseline", "ablation"))
     arguments = parser.parse_args()
+    if arguments.restore:
+        if not arguments.dataset:
+            parser.error("--restore wants --dataset")
+        restore(arguments.place, arguments.restore, arguments.dataset, arguments.mode)
+        print(f"Now: python main.py --mode report --from {arguments.restore}")
+        return
     for run in arguments.runs:
         keep(run, arguments.place, arguments.label)
     print(table(arguments.place, arguments.against))
