@@ -165,7 +165,7 @@ def learning_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None
             axis.plot(epochs[best], values[best], "o", color=COLOURS[1], markersize=5)
             axis.set_title(f"{model}: {values[best]:.4f}")
         _hide_rest(axes, len(lines))
-        flat[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        flat[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         flat[0].set_ylim(bottom=0)
         figure = flat[0].figure
         figure.supxlabel("epoch (dot: the one that is kept)", fontsize=9)

@@ -41,7 +41,8 @@ def test_half_precision_trains(name, amp, tiny, task, tmp_path: Path) -> None:
     assert (tmp_path / BEST).exists()
 
 
-@pytest.mark.parametrize("name", ["sasrec", "pmat_mcrl", "tiger"])
+# not for models whose stage one runs on the GPU, where sums in any order make other codes
+@pytest.mark.parametrize("name", ["sasrec", "tiger"])
 def test_a_stopped_run_goes_on_to_the_same_weights(name, tiny, task, tmp_path) -> None:
     settings = {"run.device": "cuda", "train.amp": "off", "train.epochs": 2}
     run(tiny(name, settings), task, tmp_path / "whole")
