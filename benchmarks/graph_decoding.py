@@ -1,8 +1,10 @@
 """RPG: the walk on the item graph against exact scores of all items, on a trained run.
 
     python benchmarks/graph_decoding.py results/baseline_.../rpg_seed42
+    python benchmarks/graph_decoding.py RUN --walks 20,200,3 100,500,3
 
-Prints test metrics and users per second of both ways to decode the same weights.
+Prints test metrics and users per second of exact scores and of each walk (beams, edges, steps; the
+first is the run's own) on the same weights.
 """
 
 from __future__ import annotations
@@ -27,18 +29,29 @@ def main() -> None:
     """Decode the test users of one run both ways."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
+    parser.add_argument("--walks", nargs="*", type=_walk, help="beams,edges,steps")
     arguments = parser.parse_args()
     dataset = load_dataset(build_config(overlay=read_yaml(str(arguments.run / CONFIG))))
     split = split_dataset(dataset)
     model, config = load_model(arguments.run, dataset.catalogue)
-    for decoding in ("exhaustive", "graph"):
-        model.own.decoding = decoding
+    own = model.own
+    for walk in (None, *(arguments.walks or [(own.beams, own.edges, own.steps)])):
+        own.decoding = "graph" if walk else "exhaustive"
+        if walk:
+            own.beams, own.edges, own.steps = walk
+            model.load_state_dict(model.state_dict())  # forgets the graph of other edges
         start = time.perf_counter()
         found = evaluate(model, split.train_and_valid, split.test, config, torch.device("cpu"))
         seconds = time.perf_counter() - start
         metrics = ranking_metrics(found.masked if config.train.mask_seen else found.unmasked)
         shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("recall@10", "ndcg@10"))
-        print(f"{decoding:<12}{shown}   {len(split.test.users) / seconds:8.0f} users/s")
+        name = "graph {},{},{}".format(*walk) if walk else "exhaustive"
+        print(f"{name:<16}{shown}   {len(split.test.users) / seconds:8.0f} users/s", flush=True)
+
+
+def _walk(text: str) -> tuple[int, int, int]:
+    beams, edges, steps = map(int, text.split(","))
+    return beams, edges, steps
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""Records of finished runs: packed ranks come back exactly, and mode report reads them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config import build_config
+from experiments.runs import load_ranks, load_task, run
+from main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("keep_record", ROOT / "benchmarks/keep_record.py")
+records = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(records)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A data folder, the runs made on it, and the place of their records."""
+    base = tmp_path_factory.mktemp("records")
+    data, runs, place = base / "shop", base / "runs", base / "kept"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    rows = [
+        f"u{user},i{item},{time}"
+        for user in range(40)
+        for time, item in enumerate(rng.permutation(25)[: rng.integers(5, 12)])
+    ]
+    (data / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    items = "\n".join(f"i{item},item {item}" for item in range(25))
+    (data / "items.csv").write_text(f"item_id,title\n{items}\n")
+    for model, seed in (("popularity", 42), ("sasrec", 42), ("sasrec", 43)):
+        flags = {
+            "data.dataset": str(data), "data.data_dir": str(base), "run.model": model,
+            "run.seed": seed, "run.device": "cpu", "train.epochs": 1, "sasrec.width": 8,
+        }  # fmt: skip
+        config = build_config(flags, model=model)
+        folder = runs / f"{model}_seed{seed}"
+        run(config, load_task(config), folder)
+        records.keep(folder, place, "")
+    return data, runs, place
+
+
+def test_ranks_come_back_as_they_were(kept) -> None:
+    _, runs, place = kept
+    for record in place.iterdir():
+        found = records.unpack(record)
+        for masked, name in ((True, "masked"), (False, "unmasked")):
+            np.testing.assert_array_equal(
+                found[name], load_ranks(runs / record.name / "ranks.npz", masked).ranks
+            )
+
+
+def test_the_table_averages_seeds_and_compares_users(kept) -> None:
+    *_, place = kept
+    lines = records.table(place, against="popularity").splitlines()
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in lines[2:]}
+    stored = [
+        json.loads((place / f"sasrec_seed{seed}" / "metrics.json").read_text()) for seed in (42, 43)
+    ]
+    mean = np.mean([run["test_by_masking"]["masked"]["ndcg@10"] for run in stored])
+    assert rows["sasrec"][1] == "2" and rows["sasrec"][4].startswith(f"{mean:.4f} ± ")
+    theirs = json.loads((place / "popularity_seed42" / "metrics.json").read_text())
+    gain = mean - theirs["test_by_masking"]["masked"]["ndcg@10"]
+    assert rows["sasrec"][-1].startswith(f"{gain:+.4f} (")
+    with pytest.raises(SystemExit, match="no record 'tiger'; there are popularity, sasrec"):
+        records.table(place, against="tiger")
+
+
+def test_mode_report_reads_restored_records(kept, tmp_path, capsys) -> None:
+    data, _, place = kept
+    folder = tmp_path / "restored"
+    records.restore(place, folder, str(data), "baseline")
+    assert main(["--mode", "report", "--from", str(folder), "--data_dir", str(tmp_path)]) == 0
+    assert "sasrec" in capsys.readouterr().out
+    assert (folder / "baseline_results.tex").exists()
