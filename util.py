@@ -239,13 +239,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_mb` start anew, where the system can (CUDA, Linux)."""
+def reset_peak_memory(device: torch.device) -> float:
+    """Let `peak_memory_mb` start anew, where the system can (CUDA, Linux); returns where it starts:
+    what the process holds already."""
     if device.type == "cuda":
         torch.cuda.init()  # the statistics are no more there than the device before this
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak_memory_mb(device)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -16,6 +16,8 @@ from experiments.tables import Column, Table
 from metrics import effect_size, holm, mean_std, paired_bootstrap
 
 SIGNIFICANT = 0.05
+USERS_ONLY = "by a paired bootstrap over users, which leaves out how training runs differ"
+FEWEST = 20  # users of a group that is compared
 INFORMED = "valid item in graph"  # column: whether a row is such a second line
 
 # --------------------------------------------------------------------------- models
@@ -39,22 +41,43 @@ def baseline_table(found: list[Entry]) -> Table:
         "bold, second underlined."
     )
     if len(found) > 1:
-        role = " (the best baseline)" if best.model in baseline_models.MODELS else ""
+        role = " (the baseline that is best on test)" * (best.model in baseline_models.MODELS)
         note += (
-            f" * NDCG@10 differs from that of {best.model}{role} at p < "
-            f"{SIGNIFICANT} (paired bootstrap over users, Holm)."
+            f" NDCG@10 above (*) or below (†) that of {best.model}{role} at p < {SIGNIFICANT}, "
+            f"{USERS_ONLY}, Holm."
         )
     if second:
         note += (
-            " Below the line: the same weights with the valid item added to the user-item graph, "
-            "as sequence models read it at test; not compared."
+            " Rows 'valid item in graph': the same weights with the valid item added to the "
+            "user-item graph, as sequence models read it at test; not compared."
         )
+    note += _still_rising(found)
     columns = [Column("model", "Model", "s"), *(_metric(c) for c in COLUMNS)]
     all_runs = [run for entry in found for run in entry.runs]
     return Table(
         "baseline_results", "Test metrics", f"{protocol(all_runs)} {note}", columns, frame,
         rule=INFORMED, apart=INFORMED,
     )  # fmt: skip
+
+
+def _still_rising(found: list[Entry]) -> str:
+    """A sentence on models whose best epoch is their last one, if there are any."""
+    names = [entry.model for entry in found if _stopped_by_limit(entry.runs[0].result)]
+    if not names:
+        return ""
+    return (
+        f" Best at the last epoch of their preset, so that more training might raise them: "
+        f"{', '.join(names)}."
+    )
+
+
+def _stopped_by_limit(result: dict[str, Any]) -> bool:
+    speed = result["efficiency"]
+    return speed["epochs"] > 0 and speed["best_epoch"] == speed["epochs"]
+
+
+def _over_seeds(found: list[Entry]) -> str:
+    return "Means over seeds; " if max(len(entry.runs) for entry in found) > 1 else ""
 
 
 def _informed_row(entry: Entry) -> list[dict[str, Any]]:
@@ -108,7 +131,10 @@ def _against(found: list[Entry], best: Entry) -> pd.DataFrame:
     names = ["model", "compared with", "ndcg@10 difference", "low", "high", "p", "effect size"]
     frame = pd.DataFrame(rows, columns=names)
     frame["p (Holm)"] = holm(frame["p"].to_numpy(float)) if len(frame) else []
-    frame["ndcg@10 mark"] = ["*" if p < SIGNIFICANT else "" for p in frame["p (Holm)"]]
+    frame["ndcg@10 mark"] = [
+        ("" if p >= SIGNIFICANT else "*" if difference > 0 else "†")
+        for p, difference in zip(frame["p (Holm)"], frame["ndcg@10 difference"], strict=True)
+    ]
     return frame
 
 
@@ -124,7 +150,7 @@ def group_table(found: list[Entry], task: Task) -> Table:
     for name, members in user_groups(task, ranks_of(best.runs[0])).items():
         row: dict[str, Any] = {"group": name, "users": int(members.sum())}
         row |= {model: of_users[members].mean() for model, of_users in values.items()}
-        for entry in ours:
+        for entry in ours if row["users"] >= FEWEST else []:
             compared = paired_bootstrap(values[entry.model][members], values[best.model][members])
             row |= {
                 f"{entry.model} difference": compared.difference,
@@ -138,13 +164,16 @@ def group_table(found: list[Entry], task: Task) -> Table:
     columns += [Column(model, model) for model in values]
     columns += [Column(f"{entry.model} difference", f"Δ {entry.model}", "+.4f") for entry in ours]
     note = (
-        f"NDCG@10, mean over seeds; Δ against {best.model}; * its 95 % interval (paired bootstrap "
-        "over the users of the group, not corrected for the number of groups) leaves out 0. "
-        "Nothing is bold."
+        f"NDCG@10. {_over_seeds([best, *ours])}Δ against {best.model}, the baseline that is best "
+        "on test; * its 95 % interval (paired bootstrap over the users of the group, not corrected "
+        f"for the number of groups) leaves out 0; – fewer than {FEWEST} users. Short, long, "
+        "missing most and least: outer quarters of the users; planted: the taste that the mock "
+        "generator gave. Nothing is bold. What weights of the user add is in the ablations, not "
+        "here: the models of this table differ in more than that."
     )
     runs = [run for entry in [best, *ours] for run in entry.runs]
     return Table(
-        "group_results", "Where models help", f"{protocol(runs)} {note}", columns,
+        "group_results", "Groups of users", f"{protocol(runs)} {note}", columns,
         pd.DataFrame(rows),
     )  # fmt: skip
 
@@ -187,7 +216,9 @@ def id_tables(found: list[Entry]) -> list[Table]:
         "Unique: share of items whose ID no other item has; per user: under each user's own "
         "codes; consistency: Spearman of feature cosine and share of equal digits; personal: "
         "Spearman of code distance and modality-weight distance between users; churn: share of "
-        "digits that change with one more item. Means over seeds; best bold, second underlined."
+        "digits, also of those that all users share, that change with one more item. The last "
+        "digit of tiger and cofirec only tells equal IDs apart. " + _over_seeds(having) + "highest "
+        "Unique, Consistency and Personal bold, second underlined; the others are not ranked."
     )
     return [_facts(having, "id_quality", QUALITY, "ID quality", note)]
 
@@ -196,9 +227,11 @@ def efficiency_table(found: list[Entry]) -> Table:
     """Time to train and to answer, memory and size of all models."""
     machine = found[0].runs[0].result["environment"]
     note = (
-        f"On {machine['device']}, {machine['threads']} threads. Latency of one request for the 10 "
-        "best items of 1 and of 64 users, from histories in memory to lists in memory; users/s at "
-        "64; peak MB of the process during the run. Means over seeds; best bold, second underlined."
+        f"On {machine['device']}, {machine['threads']} threads. Stage one: what comes before the "
+        "first epoch; epochs: how many were run; peak MB: the most memory of the run, less what "
+        "the process held before it; IDs ms: coding the whole catalogue for one user. Latency of "
+        "one request for the 10 best items of 1 and of 64 users, from histories in memory to lists "
+        f"in memory; users/s at 64. {_over_seeds(found)}fastest bold, second underlined."
     )
     return _facts(found, "efficiency", SPEED, "Efficiency", note)
 
@@ -243,14 +276,15 @@ def ablation_table(found: list[Entry]) -> Table:
     frame.loc[tested, "p (Holm)"] = holm(frame.loc[tested, "p"].to_numpy(float))
     frame["difference mark"] = ["*" if p < SIGNIFICANT else "" for p in frame["p (Holm)"]]
     columns = [
-        Column("variant", "Variant", "s"), Column("model", "Model", "s"), _plain("recall@10"),
-        _plain("ndcg@10"), Column("difference", "Δ N@10", "+.4f"), Column("low", "low", "+.4f"),
+        Column("variant", "Variant", "s"), Column("model", "Model", "s"),
+        plain_metric("recall@10"), plain_metric("ndcg@10"),
+        Column("difference", "Δ N@10", "+.4f"), Column("low", "low", "+.4f"),
         Column("high", "high", "+.4f"), Column("p (Holm)", "p (Holm)", ".3f"),
     ]  # fmt: skip
     note = (
-        "Δ: variant minus full model in NDCG@10, with a 95 % interval (paired bootstrap over "
-        f"users, means over common seeds); * p < {SIGNIFICANT} after Holm over all rows. Nothing "
-        "is bold: rows are compared with their full model, not ranked."
+        "Every variant is trained anew. Δ: variant minus full model in NDCG@10, with a 95 % "
+        f"interval {USERS_ONLY}; the interval is not corrected, * is: p < {SIGNIFICANT} after Holm "
+        "over all rows. Nothing is bold: rows are compared with their full model, not ranked."
     )
     runs = [run for entry in found for run in entry.runs]
     return Table(
@@ -258,7 +292,7 @@ def ablation_table(found: list[Entry]) -> Table:
     )
 
 
-def _plain(name: str) -> Column:
+def plain_metric(name: str) -> Column:
     return _metric(name)._replace(best=0)
 
 

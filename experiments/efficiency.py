@@ -22,7 +22,12 @@ MAX_SECONDS, MIN_CALLS = 20.0, 5  # a slow decoder gets fewer calls
 
 
 def measured_speed(
-    trainer: Trainer, histories: Sequences, users: np.ndarray, config: Config, k: int
+    trainer: Trainer,
+    histories: Sequences,
+    users: np.ndarray,
+    config: Config,
+    k: int,
+    memory_before: float,
 ) -> dict[str, Any]:
     """Training time, memory, and the latency of lists of `k` items, as `metrics.json` has them.
 
@@ -41,7 +46,7 @@ def measured_speed(
         "best_epoch": progress.best_epoch,
         "id_generation_ms": _id_generation(model, histories, users, config, device),
         "throughput_users_per_second": throughput(max(CALLS) * len(many), float(sum(many))),
-        "peak_memory_mb": peak_memory_mb(device),
+        "peak_memory_mb": peak_memory_mb(device) - memory_before,
         **{f"latency_{name}": value for name, value in latency_summary(single).items()},
         **{f"latency64_{name}": value for name, value in latency_summary(many).items()},
     }

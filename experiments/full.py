@@ -142,8 +142,10 @@ def size_table(rows: list[dict[str, Any]]) -> Table:
     columns += [Column(c, f"{int(c):,} items", ".2f", -1) for c in frame if c != "model"]
     note = (
         "Median ms of one request for the 10 best items (100 calls, one user, mock catalogues, "
-        "models prepared but not trained, one run); fastest bold, second underlined. Not a "
-        "quality measurement: no split, masking or ties are involved."
+        "models prepared but not trained, one run, so that differences below a factor of two say "
+        "little); – not measured, as preparing a smaller catalogue took too long "
+        "(full.size_seconds); fastest bold, second underlined. Not a quality measurement: no "
+        "split, masking or ties are involved."
     )
     return Table("latency_by_size", "Latency and catalogue size", note, columns, frame)
 
@@ -173,14 +175,16 @@ def write_full(folder: Path, task: Task, latest: Path | None = None) -> list[Tab
         _how_it_was_made(folder),
         Section(
             "Comparison of models", [], [by_name["baseline_results"]],
-            [(folder / "baseline_top10_metrics.png", "Test metrics with 95 % intervals."),
-             (folder / "learning_curves.png", "Valid NDCG@10 over epochs.")],
+            [(folder / "baseline_top10_metrics.png",
+              "Test metrics; intervals are of each model alone, differences are in the table."),
+             (folder / "learning_curves.png",
+              "Valid NDCG@10 over epochs; orange: the epoch that is kept, grey: other models.")],
         ),
-        Section("Where personalisation helps", [], [groups]),
+        Section("Groups of users", [], [groups]),
         Section("Ablations", [], ablations,
                 [(folder / "ablation_bars.png", "What each ablation changes in NDCG@10.")]),
         Section("Contrastive learning (MCRL)", [], comparison,
-                [(folder / "mcrl_losses.png", "Weighted parts of the loss of the joint model.")]),
+                [(folder / "mcrl_losses.png", _LOSSES)]),
         Section("Search", [], search, _all(folder / SEARCH, "hyper_*.png", _TRIALS)),
         Section("Semantic IDs", [], [ids] if ids else [], _all(folder, "id_space_*.png", _SPACE)),
         Section("Modality weights", [], [], _all(folder, "modality_weights_*.png", _WEIGHTS)),
@@ -194,13 +198,25 @@ def write_full(folder: Path, task: Task, latest: Path | None = None) -> list[Tab
     return [*baseline, *ablations, *comparison, *search, *speed, *cases]
 
 
-_TRIALS = "Search: {}."
+_TRIALS = "Search, valid NDCG@10 of trials: {}."
 _SPACE = (
-    "{}: t-SNE of semantic IDs, distance = share of digits that differ; where IDs are personal, "
-    "the item whose IDs differ most among users."
+    "{}: t-SNE of semantic IDs, distance = share of digits that differ; colours: categories (on "
+    "mock the topic of the visual features only), grey: the rest. Where IDs are personal, on the "
+    "right the part in the frame: the item whose IDs differ most, as six users code it. Axes have "
+    "no unit, maps of different models cannot be compared."
 )
-_WEIGHTS = "{}: modality weights of users, mean over items."
-_DRIFT = "{}: modality weights while users move on; bands are 95 % intervals over users."
+_LOSSES = (
+    "Weighted parts of the loss of pmat_mcrl, first seed; every part has a scale of its own, none "
+    "begins at 0."
+)
+_WEIGHTS = (
+    "{}: modality weights of users, mean over items; whiskers up to 1.5 times the box, without "
+    "outliers."
+)
+_DRIFT = (
+    "{}: modality weights while users move on; bands are 95 % intervals over users. Far from the "
+    "middle there are fewer users, with longer histories."
+)
 
 
 def _all(folder: Path, pattern: str, caption: str) -> list[tuple[Path, str]]:

@@ -74,5 +74,8 @@ def _by_plant(task: Task, users: np.ndarray) -> dict[str, np.ndarray]:
         return {}
     drifts = truth.drift_steps[users] >= 0
     of_group = truth.user_groups[users]
-    led = {f"planted: {name}": (of_group == name) & ~drifts for name in np.unique(of_group)}
+    led = {
+        f"planted: {name}, never drifts": (of_group == name) & ~drifts
+        for name in np.unique(of_group)
+    }
     return led | {"planted: drifts": drifts, "planted: never drifts": ~drifts}

@@ -187,14 +187,14 @@ def _tuned_row(entry: report.Entry, trials: pd.DataFrame, best: dict[str, Any]) 
 
 def _table(frame: pd.DataFrame, runs: list[report.Run]) -> Table:
     note = (
-        "Preset and best trial: valid NDCG@10; R@10 and N@10: test, of the best settings trained "
-        "anew, looked at once. No test result took part in the search. Nothing is bold."
+        "The best of several trials on valid is an optimistic figure; test: the best settings "
+        "trained anew, looked at once. No test result took part in the search. Nothing is bold."
     )
     columns = [
         Column("model", "Model", "s"), Column("trials", "Trials", "d"),
-        Column("pruned", "Pruned", "d"), Column("preset", "Preset"),
-        Column("best trial", "Best trial"), Column("recall@10", "R@10"),
-        Column("ndcg@10", "N@10"), Column("settings", "Best settings", "s"),
+        Column("pruned", "Pruned", "d"), Column("preset", "valid N@10, preset"),
+        Column("best trial", "valid N@10, best"), Column("recall@10", "test R@10"),
+        Column("ndcg@10", "test N@10"), Column("settings", "Best settings", "s"),
     ]  # fmt: skip
     return Table(
         "hyper_results", "Hyper-parameter search", f"{report.protocol(runs)} {note}", columns, frame

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from config import Config
-from experiments import plots, report
+from experiments import comparisons, plots, report
 from experiments.modes import conduct, model_jobs, run_jobs
 from experiments.requests import Request
 from experiments.runs import BEST, Task, load_task, run
@@ -87,13 +87,13 @@ def _table(
         for model in CHECKPOINTS
     ]
     columns = [
-        Column("model", "Model", "s"), *(Column(name, name, best=1) for name in _SHOWN),
+        Column("model", "Model", "s"), *map(comparisons.plain_metric, _SHOWN),
         Column("difference", "Δ NDCG@10", "+.4f"), Column("low", "low", "+.4f"),
         Column("high", "high", "+.4f"), Column("p_value", "p", ".3f"),
     ]  # fmt: skip
     note = (
-        "Means over seeds; best bold, second underlined; Δ with a 95 % interval and p: paired "
-        "bootstrap over users, one comparison."
+        "R: recall, N: NDCG. Δ in NDCG@10 with a 95 % interval and p, one comparison, "
+        f"{comparisons.USERS_ONLY}. Nothing is bold."
     )
     title = "PMAT alone and with MCRL"
     caption = f"{report.protocol(runs)} {note}"

@@ -163,12 +163,13 @@ def learning_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None
             axis.plot(epochs, values, color=COLOURS[0], marker="." if len(epochs) < 20 else "")
             best = values.argmax()
             axis.plot(epochs[best], values[best], "o", color=COLOURS[1], markersize=5)
-            axis.set_title(f"{model}: {values[best]:.4f}")
+            last = " (last)" if best == len(values) - 1 else ""
+            axis.set_title(f"{model}: {values[best]:.4f}{last}")
         _hide_rest(axes, len(lines))
         flat[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
         flat[0].set_ylim(bottom=0)
         figure = flat[0].figure
-        figure.supxlabel("epoch (dot: the one that is kept)", fontsize=9)
+        figure.supxlabel("epoch (orange: the one that is kept, grey: other models)", fontsize=9)
         figure.supylabel("valid NDCG@10", fontsize=9)
 
 

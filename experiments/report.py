@@ -94,6 +94,12 @@ def ranks_of(run: Run) -> Ranks:
 # --------------------------------------------------------------------------- words
 
 
+_TIES = {
+    "file": "equal time stamps in the order of the file",
+    "shuffle": "equal time stamps in a seeded random order",
+}
+
+
 def caption(run: dict[str, Any]) -> str:
     """Data set, split, masking and ties of a run in one line."""
     data, protocol = run["dataset"], run["protocol"]
@@ -103,7 +109,7 @@ def caption(run: dict[str, Any]) -> str:
     return (
         f"{data['name']}: {data['users']:,} users, {data['items']:,} items, "
         f"{data['interactions']:,} interactions; test part, {split}, full ranking, {masking}, "
-        f"equal scores share the average rank, equal times: {protocol['tie_policy']}"
+        f"equal scores share the average rank, {_TIES[protocol['tie_policy']]}"
     )
 
 

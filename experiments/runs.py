@@ -88,6 +88,7 @@ class Trained(NamedTuple):
     trainer: Trainer
     device: torch.device
     validate: Callable[[], dict[str, float]]
+    memory_before: float  # MB that the process held before the run
 
 
 def train(
@@ -102,7 +103,7 @@ def train(
     Raises UserError for what the user can mend, `experiments.training.Stopped` after a signal.
     """
     device = pick_device(config.run.device)
-    reset_peak_memory(device)
+    memory_before = reset_peak_memory(device)
     split, catalogue = task.split, task.dataset.catalogue
     seed_everything(config.run.seed)
     model = model_class(config.run.model)(config, catalogue).to(device)
@@ -124,12 +125,12 @@ def train(
         trainer.progress.prepare_seconds = watch.seconds
         seed_everything(stream_seed(config.run.seed, "train", rank()))
     trainer.fit()
-    return Trained(model, trainer, device, validate)
+    return Trained(model, trainer, device, validate, memory_before)
 
 
 def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     """Train one model as `train` does, test it once; returns what `metrics.json` holds."""
-    model, trainer, device, validate = train(config, task, folder)
+    model, trainer, device, validate, memory_before = train(config, task, folder)
     split = task.split
     found = evaluate(
         model, split.train_and_valid, split.test, config, device, list_length(task), note="test"
@@ -137,7 +138,7 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
     histories = split.train_and_valid
     result = _result(model, config, task, validate(), found) | {
         "efficiency": measured_speed(
-            trainer, histories, split.test.users, config, list_length(task)
+            trainer, histories, split.test.users, config, list_length(task), memory_before
         ),
         "environment": environment(device),
     }

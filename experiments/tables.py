@@ -91,6 +91,8 @@ def _places(texts: list[str], values: list[Any], best: int) -> list[int]:
         return [0] * len(texts)
     printed = {t: v for t, v in zip(texts, values, strict=True) if t != "–"}
     order = sorted(printed, key=lambda text: -best * printed[text])[:2]
+    if order and texts.count(order[0]) > 1:
+        order = order[:1]  # behind several best ones nobody is second
     return [order.index(text) + 1 if text in order else 0 for text in texts]
 
 
@@ -122,7 +124,8 @@ def latex(table: Table) -> str:
 def _latex_cell(cell: Cell) -> str:
     text = {1: r"\textbf{%s}", 2: r"\underline{%s}"}.get(cell.place, "%s") % escape(cell.text)
     deviation = rf"{{\scriptsize $\pm$ {cell.deviation}}}" if cell.deviation else ""
-    return text + (f"$^{{{cell.mark}}}$" if cell.mark else "") + deviation
+    mark = cell.mark.replace("†", r"\dagger")
+    return text + (f"$^{{{mark}}}$" if mark else "") + deviation
 
 
 def escape(text: str) -> str:
@@ -136,7 +139,7 @@ _LATEX = {
     "\\": r"\textbackslash ", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde ", "^": r"\textasciicircum ", "±": r"$\pm$",
     "–": "--", "α": r"$\alpha$", "Δ": r"$\Delta$", "≤": r"$\le$", "≥": r"$\ge$", "<": "$<$",
-    ">": "$>$", "−": "$-$", "×": r"$\times$", "·": r"$\cdot$",
+    ">": "$>$", "−": "$-$", "†": r"$\dagger$", "×": r"$\times$", "·": r"$\cdot$",
 }  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_the_report_is_one_file_with_everything_in_it(finished):
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in found.links)
     assert "http" not in page and "@import" not in page and "url(" not in page
     assert found.tags["img"] >= 10 and found.tags["table"] >= 9
-    for title in ("Comparison of models", "Where personalisation helps", "Ablations", "MCRL",
+    for title in ("Comparison of models", "Groups of users", "Ablations", "MCRL",
                   "Search", "Semantic IDs", "Drift of interest", "Efficiency",
                   "Case study"):  # fmt: skip
         assert f"{title}" in page
