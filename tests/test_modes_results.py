@@ -260,7 +260,7 @@ def test_quality_and_speed_have_what_the_tables_print(baseline_folder):
         speed = result["efficiency"]
         assert speed["latency_p50_ms"] <= speed["latency_p95_ms"] <= speed["latency_p99_ms"]
         assert {f"latency64_{p}_ms" for p in ("p50", "p95", "p99")} <= set(speed)
-        assert speed["throughput_users_per_second"] > 0 and speed["peak_memory_mb"] > 0
+        assert speed["throughput_users_per_second"] > 0 and speed["peak_memory_mb"] >= 0
         assert (speed["id_generation_ms"] is None) == (result["id_quality"] is None)
 
 
