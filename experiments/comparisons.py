@@ -61,8 +61,8 @@ def baseline_table(found: list[Entry]) -> Table:
 
 
 def _still_rising(found: list[Entry]) -> str:
-    """A sentence on models whose best epoch is their last one, if there are any."""
-    names = [entry.model for entry in found if _stopped_by_limit(entry.runs[0].result)]
+    """A sentence on models whose best epoch is their last one with every seed, if there are any."""
+    names = [e.model for e in found if all(_stopped_by_limit(run.result) for run in e.runs)]
     if not names:
         return ""
     return (
