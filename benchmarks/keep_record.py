@@ -138,7 +138,10 @@ def _row(
             cells.append(f"{np.mean(values):.4f}{spread}")
     speed = runs[0]["efficiency"]
     epochs = sorted({run["efficiency"]["epochs"] for run in runs})
-    cells += [f"{speed['parameters']:,}", " to ".join(str(e) for e in {epochs[0], epochs[-1]})]
+    cells += [
+        f"{speed['parameters']:,}",
+        " to ".join(map(str, epochs[:1] + epochs[1:][-1:])),
+    ]
     if theirs is not None:
         cells.append("" if name == against else _difference(_gains(records), theirs))
     return float(np.mean(valid)), f"| {name} | {len(runs)} | {' | '.join(cells)} |"
