@@ -76,7 +76,7 @@ class RPG(Recommender):
         self.heads = nn.Linear(own.width, own.digits * own.width)  # W_1..W_m in one product
         self.register_buffer("codes", torch.zeros(n_items, own.digits, dtype=torch.int64))
         self._graph: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda model, _: model._forget_graph())
+        self.register_load_state_dict_post_hook(lambda model, _: model.forget_graph())
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -102,7 +102,7 @@ class RPG(Recommender):
             white, present = item_vectors(modalities, in_train, self.own.pca, whiten=True)
             codes[present] = self._quantise(white, in_train & present, generator)[present]
         self.codes.copy_(codes)
-        self._forget_graph()
+        self.forget_graph()
 
     def _quantise(self, white: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
         """White vectors [N, d] -> codes [N, m]: cut to a multiple of m, OPQ."""
@@ -139,7 +139,7 @@ class RPG(Recommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of the next item's digits, mean over positions and digits (eq. 3)."""
-        self._forget_graph()
+        self.forget_graph()
         wanted = batch.targets > 0
         states = self.encode(batch)[wanted]  # [P, d]
         tokens = self.digit_tokens() / self.own.temperature
@@ -174,7 +174,8 @@ class RPG(Recommender):
             self._graph = similarity_graph(self.codes, (cosines + 1) / 2, self.own.edges)
         return self._graph
 
-    def _forget_graph(self) -> None:
+    def forget_graph(self) -> None:
+        """To be called when codes, weights or `edges` have changed."""
         self._graph = None
 
     def item_ids(self, batch: Batch | None = None) -> Tensor:

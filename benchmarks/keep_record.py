@@ -89,7 +89,7 @@ def table(place: Path, against: str = "") -> str:
     if against and against not in groups:
         raise SystemExit(f"{place} has no record '{against}'; there are {', '.join(groups)}.")
     theirs = _gains(groups[against]) if against else None
-    rows = sorted((_row(name, records, against, theirs) for name, records in groups.items()))
+    rows = sorted(_row(name, records, against, theirs) for name, records in groups.items())
     head = [
         "record", "seeds", "valid N@10", "R@10", "N@10", "R@10, unmasked", "N@10, unmasked",
         "parameters", "epochs",
@@ -175,7 +175,9 @@ def main() -> None:
     parser.add_argument("--against", default="", help="record that others are compared with")
     parser.add_argument("--restore", type=Path, help="run folder to make of the records")
     parser.add_argument("--dataset", help="restore: the data set that the records are of")
-    parser.add_argument("--mode", default="baseline", choices=("baseline", "ablation"))
+    parser.add_argument(
+        "--mode", default="baseline", choices=("baseline", "ablation"), help="restore: tables of it"
+    )
     arguments = parser.parse_args()
     if arguments.restore:
         if not arguments.dataset:
