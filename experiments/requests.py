@@ -138,7 +138,7 @@ def read_request(folder: Path) -> Request:
         return Request(dict(stored["flags"]), dict(stored["overlay"]), str(folder))
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         raise UserError(
-            f"--resume {folder}: that is no run folder (no readable {REQUEST})."
+            f"{folder} is no run folder (no readable {REQUEST}); name one with --resume or --from."
         ) from None
 
 
