@@ -87,7 +87,7 @@ def measured_ids(
     if codes is None or codes.ndim == 2:
         return id_quality(shared, model.n_codes, features)
     alphas = modality_weights(model, histories, users, config)
-    before = _codes(model, _without_newest(histories), users, config)
+    before = _codes(model, without_newest(histories), users, config)
     found = id_quality(codes, model.n_codes, features, alphas=alphas)
     of_users = {"uniqueness_per_user": found["uniqueness"], "churn": churn(before, codes).mean()}
     return found | {"uniqueness": uniqueness(shared)} | {k: float(v) for k, v in of_users.items()}
@@ -105,7 +105,7 @@ def _codes(
     return None if codes is None else codes.cpu().numpy()
 
 
-def _without_newest(histories: Sequences) -> Sequences:
+def without_newest(histories: Sequences) -> Sequences:
     """Every history but its last item."""
     lengths = np.maximum(histories.lengths - 1, 0)
     kept = np.ones(len(histories.items), dtype=bool)
