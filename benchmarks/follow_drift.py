@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import build_config, read_yaml
 from data_utils import Sequences
 from experiments.evaluation import rank_targets
-from experiments.runs import CONFIG, Task, load_model, load_task
+from experiments.runs import BEST, CONFIG, Task, load_model, load_task
 from metrics import Ranks, paired_bootstrap, per_user
 from model_parts.drift import detect_drift
 from our_models.pmat import PMAT
@@ -116,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=5)
     parser.add_argument("--users", type=int, default=1000)
     asked = parser.parse_args(arguments)
+    if not (asked.run / BEST).exists():
+        parser.error(f"{asked.run} is no run folder: it has no {BEST}.")
     task = load_task(build_config(overlay=read_yaml(str(asked.run / CONFIG))))
     model, config = load_model(asked.run, task.dataset.catalogue)
     if not isinstance(model, PMAT) or model.own.fusion != "early":

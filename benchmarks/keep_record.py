@@ -186,6 +186,8 @@ def main() -> None:
         print(f"Now: python main.py --mode report --from {arguments.restore}")
         return
     for run in arguments.runs:
+        if not (run / "metrics.json").exists():
+            parser.error(f"{run} is no finished run: it has no metrics.json.")
         keep(run, arguments.place, arguments.label)
     print(table(arguments.place, arguments.against))
 

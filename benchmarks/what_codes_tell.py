@@ -8,7 +8,8 @@ For each run of `pmat` or `pmat_mcrl`, on test users:
   last train item from an item as popular that they did not have, and is judged on the test targets
   of the other half (then the other way round). AUC is the share of pairs in the right order; .5 is
   nothing. In another user's eyes it is what items alone tell, such as a fashion.
-- Entropy of alpha over its largest value, and the variance of alpha_m over users, mean over items.
+- Entropy of alpha over its largest value; variance of alpha_m over users (mean over items) and over
+  the items that have all modalities (mean over users): how much of it depends on either.
 - Share of items whose ID is not unique for a user, of those whose first personal digit changes
   when one more item arrives, entropy of a personal digit over users, in bits.
 """
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import build_config, read_yaml
 from data_utils import Sequences, history_batch
 from experiments.personal import without_newest
-from experiments.runs import CONFIG, Task, load_model, load_task
+from experiments.runs import BEST, CONFIG, Task, load_model, load_task
 from metrics import uniqueness
 from model_parts.base import Batch
 from our_models.pmat import PMAT
@@ -131,10 +132,12 @@ def habits(model: PMAT, task: Task, users: np.ndarray, window: int) -> dict[str,
     old = model.item_ids(batch_of(before, users, window)).numpy()
     rows = torch.arange(codes.shape[1])
     alpha = model.modality_weights(model.view(histories), rows).numpy()  # [M, U, N]
+    complete = model.present.all(1).numpy()
     entropy = -(alpha * np.log(np.maximum(alpha, 1e-12))).sum(0).mean()
     return {
         "entropy of alpha": float(entropy / math.log(len(alpha))),
-        "variance of alpha": float(alpha.var(1).mean()),
+        "its variance over users": float(alpha.var(1).mean()),
+        "its variance over items": float(alpha[:, :, complete].var(2).mean()),
         "collisions": 1 - uniqueness(codes),
         "first digit changed": float((codes[:, :, shared] != old[:, :, shared]).mean()),
         "bits of a digit": float(entropy_over_users(codes[:, :, shared:])),
@@ -161,6 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--users", type=int, default=4000)
     found = parser.parse_args(arguments)
     for run in found.runs:
+        if not (run / BEST).exists():
+            parser.error(f"{run} is no run folder: it has no {BEST}.")
         task = load_task(build_config(overlay=read_yaml(str(run / CONFIG))))
         model, config = load_model(run, task.dataset.catalogue)
         if not isinstance(model, PMAT) or model.own.fusion != "early":
