@@ -1,7 +1,7 @@
 """What generating missing modalities is worth to DGMRec, by how many items miss one.
 
     python benchmarks/missing_modalities.py [--dataset mock] [--modality visual] [--seeds 3]
-        [--rates 0,0.2,0.4,0.6] [--set key=value ...]
+        [--rates 0,0.2,0.4,0.6] [--keep FOLDER] [--set key=value ...]
 
 Takes one modality from a random share of the items that have it (rate 0: the data as they are, with
 what they miss by themselves) and trains DGMRec with and without generation (`dgmrec.fill_missing`).
@@ -45,15 +45,16 @@ def settings(given: dict[str, Any], fill: bool, seed: int) -> dict[str, Any]:
     return {"run.mode": "baseline", "run.model": "dgmrec"} | given | chosen
 
 
-def trained_ranks(task: Task, given: dict[str, Any], fill: bool, seeds: range) -> list[Ranks]:
-    """Masked ranks of the test targets, one a seed."""
+def trained_ranks(
+    task: Task, given: dict[str, Any], fill: bool, seeds: range, place: Path
+) -> list[Ranks]:
+    """Masked ranks of the test targets, one a seed; the runs are in `place`."""
     found = []
-    with tempfile.TemporaryDirectory() as place:
-        for seed in seeds:
-            folder = Path(place) / str(seed)
-            folder.mkdir()
-            run(build_config(settings(given, fill, seed)), task, folder)
-            found.append(load_ranks(folder / RANKS, mask_seen=True))
+    for seed in seeds:
+        folder = place / f"{'with' if fill else 'without'}_seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)  # goes on if there is a checkpoint
+        run(build_config(settings(given, fill, seed)), task, folder)
+        found.append(load_ranks(folder / RANKS, mask_seen=True))
     return found
 
 
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--modality", help="the first of the data set if not given")
     parser.add_argument("--rates", default="0,0.2,0.4,0.6")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="let the runs stay here")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
     found = parser.parse_args(arguments)
     given = {"data.dataset": found.dataset} | dict(text.split("=", 1) for text in found.set)
@@ -97,20 +99,22 @@ def main(arguments: list[str] | None = None) -> None:
     seeds = range(42, 42 + found.seeds)
     head = "".join(f"{title:>9}" for title in ("R@20", "without", "N@10", "without"))
     print(f"\n{'test users':<18}{'number':>7}{head}  gain in N@10 by generation")
-    for rate in map(float, found.rates.split(",")):
-        dataset = without_modality(task.dataset, modality, rate, config.data.seed)
-        poorer = Task(dataset, split_dataset(dataset))
-        ranks = trained_ranks(poorer, given, True, seeds)
-        on, off = outcome(ranks), outcome(trained_ranks(poorer, given, False, seeds))
-        present = dataset.catalogue.modalities[modality].present
-        lack = lacking(ranks[0], present)
-        print(
-            f"{rate:.0%} of {task.dataset.name}'s {modality} taken away, "
-            f"{1 - present.mean():.1%} of all items lack it"
-        )
-        print(line("all", np.ones_like(lack), on, off))
-        print(line("target lacks it", lack, on, off))
-        print(line("target has it", ~lack, on, off), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for rate in map(float, found.rates.split(",")):
+            dataset = without_modality(task.dataset, modality, rate, config.data.seed)
+            poorer = Task(dataset, split_dataset(dataset))
+            place = (found.keep or Path(scratch)) / f"{modality}_without_{rate:g}"
+            ranks = trained_ranks(poorer, given, True, seeds, place)
+            on, off = outcome(ranks), outcome(trained_ranks(poorer, given, False, seeds, place))
+            present = dataset.catalogue.modalities[modality].present
+            lack = lacking(ranks[0], present)
+            print(
+                f"{rate:.0%} of {task.dataset.name}'s {modality} taken away, "
+                f"{1 - present.mean():.1%} of all items lack it"
+            )
+            print(line("all", np.ones_like(lack), on, off))
+            print(line("target lacks it", lack, on, off))
+            print(line("target has it", ~lack, on, off), flush=True)
 
 
 if __name__ == "__main__":
