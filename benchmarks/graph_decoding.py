@@ -23,17 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import build_config, read_yaml
 from data_utils import Targets, load_dataset, split_dataset
 from experiments.evaluation import evaluate
-from experiments.runs import CONFIG, load_model
+from experiments.runs import BEST, CONFIG, load_model
 from metrics import ranking_metrics
 
 
-def main() -> None:
+def main(flags: list[str] | None = None) -> None:
     """Decode the test users of one run both ways."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--walks", nargs="*", type=_walk, help="beams,edges,steps")
     parser.add_argument("--users", type=int, help="so many test users, at random (all)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(flags)
+    if not (arguments.run / BEST).exists():
+        parser.error(f"{arguments.run} is no run folder: it has no {BEST}.")
     dataset = load_dataset(build_config(overlay=read_yaml(str(arguments.run / CONFIG))))
     split = split_dataset(dataset)
     model, config = load_model(arguments.run, dataset.catalogue)
