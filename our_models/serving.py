@@ -19,7 +19,7 @@ from model_parts.backbone import at_last
 from model_parts.base import Batch
 from model_parts.decoding import token_rows
 from model_parts.drift import Drift, blend_weights, detect_drift, digits_with_hysteresis
-from model_parts.fusion import nearest_grid_point
+from model_parts.fusion import blend_weights_of, nearest_grid_point
 from our_models.pmat import PMAT, View
 
 
@@ -81,6 +81,8 @@ class Server:
         with torch.no_grad():
             self.fixed = model.fixed_vectors(self.rows)  # [N, d]
             self.tie_break = model.tie_break()
+            # what weights need to know of items, the same for every user
+            self.sides = model.attention.item_side(model.latents, model.present)
         self.states: dict[int, _State] = {}
 
     # ----------------------------------------------------------------- requests
@@ -172,13 +174,13 @@ class Server:
         it came [M, T]. Of the whole history, as the model learned them, not from the cut on; so
         rate 1 is a full recomputation."""
         model, batch = self.model, self._batch(user, history)
-        view, past = model.view(batch), batch.items[0, : int(batch.lengths)] - 1
+        past, contexts = batch.items[0, : int(batch.lengths)] - 1, model.contexts(batch)[0]
+        view = View(contexts[len(past)][None], batch.users)
         if model.own.personalised == "random":
             then = model.grid[model.pair_points(View(view.context, batch.users), past)].T
             return model.modality_weights(view, self.rows)[:, 0], then
-        # as modality_weights, without a copy of all latents
-        now = model.attention(view.context, model.latents, model.present)[:, 0]
-        contexts = model.contexts(batch)[0, 1 : len(past) + 1]
+        now = blend_weights_of(model.attention.user_side(view.context), self.sides)[:, 0]
+        contexts = contexts[1 : len(past) + 1]
         return now, model.attention.pairs(contexts, model.latents[past], model.present[past])
 
     def _codes(self, weights: Tensor, rows: Tensor) -> Tensor:
