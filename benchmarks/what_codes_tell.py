@@ -60,7 +60,7 @@ def as_popular(
     for target, items in zip(targets, had, strict=True):
         near = np.zeros(0, int)
         reach = 10
-        while not len(near):
+        while not len(near) and reach < 2 * len(order):
             around = order[max(0, place[target - 1] - reach) : place[target - 1] + reach + 1] + 1
             near = np.setdiff1d(around, items)
             reach *= 2
@@ -170,6 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
         model, config = load_model(run, task.dataset.catalogue)
         if not isinstance(model, PMAT) or model.own.fusion != "early":
             parser.error(f"{run} is no run of pmat or pmat_mcrl with early fusion.")
+        if model.own.personalised == "random":
+            parser.error(f"{run} has drawn weights: there is no alpha to look at.")
         lengths = task.split.train.lengths[task.split.test.users]
         rng, users = np.random.default_rng(0), task.split.test.users[lengths > 1]
         users = np.sort(rng.permutation(users)[: found.users])

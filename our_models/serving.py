@@ -177,7 +177,7 @@ class Server:
         past, contexts = batch.items[0, : int(batch.lengths)] - 1, model.contexts(batch)[0]
         view = View(contexts[len(past)][None], batch.users)
         if model.own.personalised == "random":
-            then = model.grid[model.pair_points(View(view.context, batch.users), past)].T
+            then = model.grid[model.pair_points(view, past)].T
             return model.modality_weights(view, self.rows)[:, 0], then
         now = blend_weights_of(model.attention.user_side(view.context), self.sides)[:, 0]
         contexts = contexts[1 : len(past) + 1]
