@@ -98,7 +98,7 @@ def drift_found(task: Task, model: PMAT) -> tuple[float, float]:
     p = []
     for user in range(sequences.n_users):
         rows = torch.tensor(sequences.of(user)).long() - 1
-        p.append(detect_drift(model.latents[rows], model.present[rows], generator).p_value)
+        p.append(detect_drift(model.traits[rows], model.present[rows], generator).p_value)
     p, moved = np.array(p), steps >= 0
     ranks = rankdata(-p)
     positives, negatives = moved.sum(), (~moved).sum()

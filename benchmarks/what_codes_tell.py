@@ -109,7 +109,7 @@ def looks(model: PMAT, histories: Batch, items: np.ndarray) -> csr_matrix:
     """alpha(u, i) and the one-hot codes of one item of each of E users, [E, M + L K]."""
     view, rows = model.view(histories), torch.from_numpy(items) - 1
     codes = model.ids(model.pair_points(view, rows), rows).numpy()
-    alpha = model.attention.pairs(view.context, model.latents[rows], model.present[rows]).T
+    alpha = model.attention.pairs(view.context, model.traits[rows], model.present[rows]).T
     E, digits = codes.shape
     columns = codes + model.own.codes * np.arange(digits)
     bounds = np.arange(0, E * digits + 1, digits)

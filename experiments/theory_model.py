@@ -32,6 +32,7 @@ class Trained:
         self.rows = np.sort(rng.permutation(some)[:_ITEMS])
         self.present = present[self.rows]
         self.latents = array(model.latents)[self.rows]
+        self.traits = array(model.traits)[self.rows]
         self.codebooks = array(model.quantiser.codebooks)
         self.tables: Tables = make_tables(self.latents, self.codebooks)
         self.r = model.own.grid
@@ -135,7 +136,7 @@ def attention_slope(seen: Trained) -> Array:
         slope += array(attention.of_user.weight)
     if attention.query is not None:
         queries = array(attention.query.weight).reshape(modalities, -1, width)
-        keys = seen.latents @ array(attention.key.weight).T  # [N, M, d_a]
+        keys = seen.traits @ array(attention.key.weight).T  # [N, M, d_a]
         slope += np.einsum("nma,mac->nmc", keys, queries) * queries.shape[1] ** -0.5
     return slope
 

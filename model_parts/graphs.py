@@ -339,7 +339,9 @@ def _best_of_blocks(
     block: Callable[[Tensor], Tensor], n: int, k: int, widest: int = 0
 ) -> Neighbours:
     """`block(rows)` is [b, n]; rows come in blocks that keep b max(n, widest) bounded."""
-    size = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // max(n, widest, 1)))
-    found = [block(rows).topk(min(k, n), dim=1) for rows in torch.arange(n).split(size)]
-    values, columns = zip(*found, strict=True)
-    return Neighbours(torch.cat(values), torch.cat(columns))
+    size, k = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // max(n, widest, 1))), min(k, n)
+    # one tensor for all: many small ones between large blocks would leave holes in the heap
+    values, columns = torch.empty(n, k), torch.empty(n, k, dtype=torch.long)
+    for rows in torch.arange(n).split(size):
+        values[rows], columns[rows] = block(rows).topk(k, dim=1)
+    return Neighbours(values, columns)

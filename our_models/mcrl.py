@@ -294,15 +294,20 @@ class PMATWithMCRL(PMAT):
             nn.Linear(width, width // 2) for _ in range(self.latents.shape[1])
         )
 
-    def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
-        """Stage one: MCRL's encoders on random train prefixes, then codes of what they say."""
-        super().prepare(data, generator)
+    @property
+    def traits(self) -> Tensor:
+        """The features before MCRL: encoders bring a user's items together, and on what they make
+        every user would look coherent in the modality that lets itself be bent most."""
+        return self.mcrl.inputs
+
+    def learn_latents(self, data: TrainingData, generator: torch.Generator) -> None:
+        """Stage one: MCRL's encoders on random train prefixes; IDs are made of what they say."""
+        super().learn_latents(data, generator)
         self.mcrl.start_from(self.counts, self.latents, self.present, generator)
         self._learn_encoders(data, generator)
         everything = torch.arange(data.n_items, device=self.counts.device)
         with torch.no_grad():
             self.latents.copy_(self.mcrl.encoded(everything))
-        self.fit_codes(generator)
 
     def _learn_encoders(self, data: TrainingData, generator: torch.Generator) -> None:
         prefixes = RandomPrefixes(data.train, self.mix.window)

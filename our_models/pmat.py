@@ -156,7 +156,7 @@ class PMAT(PersonalTokenizer):
         seen = items > 0
         rows = (items - 1).clamp(min=0)
         known = self.present[rows] & seen[:, :, None]  # [B, T, M]
-        sums = (self.latents[rows] * known[..., None]).cumsum(1)
+        sums = (self.traits[rows] * known[..., None]).cumsum(1)
         counts = known.cumsum(1)
         means = sums / counts.clamp(min=1)[..., None]
         length = seen.cumsum(1).float().log1p()[..., None]
@@ -184,7 +184,7 @@ class PMAT(PersonalTokenizer):
         """Blend under which each of P users sees one item, [P]."""
         if self.own.personalised == "random":
             return random_grid_points(view.users, rows, self.law)
-        weights = self.attention.pairs(view.context, self.latents[rows], self.present[rows])
+        weights = self.attention.pairs(view.context, self.traits[rows], self.present[rows])
         return nearest_grid_point(weights, self.grid)
 
     def modality_weights(self, view: View, rows: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class PMAT(PersonalTokenizer):
         if self.own.personalised == "random":
             points = random_grid_points(view.users[:, None], rows[None], self.law)
             return self.grid[points].permute(2, 0, 1)
-        return self.attention(view.context, self.latents[rows], self.present[rows])
+        return self.attention(view.context, self.traits[rows], self.present[rows])
 
     # ----------------------------------------------------------------- vectors
 
@@ -223,7 +223,7 @@ class PMAT(PersonalTokenizer):
     def history_vectors(self, view: View, rows: Tensor) -> Tensor:
         """Items of histories as their users see them, one item of each view, [P, d]."""
         if self.own.fusion == "late":
-            weights = self.attention.pairs(view.context, self.latents[rows], self.present[rows])
+            weights = self.attention.pairs(view.context, self.traits[rows], self.present[rows])
             personal = (weights[:, :, None] * self.every_personal_vector(rows)).sum(0)
         else:
             personal = self.personal_vectors(self.pair_points(view, rows), rows)
@@ -312,7 +312,7 @@ class PMAT(PersonalTokenizer):
 
     def _items(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What scores need to know of items [S]: vectors, vectors under all blends, sides, rows."""
-        sides = self.attention.item_side(self.latents[rows], self.present[rows])
+        sides = self.attention.item_side(self.traits[rows], self.present[rows])
         return self.fixed_vectors(rows), self.every_personal_vector(rows), sides, rows
 
     def _scores(self, states: Tensor, view: View, rows: Tensor, learn: bool = False) -> Tensor:
@@ -362,7 +362,7 @@ class PMAT(PersonalTokenizer):
     def _drift(self, before: View, now: View, rows: Tensor) -> Tensor:
         """Semantic consistency: KL(alpha of the last step || alpha now), mean over targets."""
         old, new = (
-            self.attention.pairs(view.context, self.latents[rows], self.present[rows])
+            self.attention.pairs(view.context, self.traits[rows], self.present[rows])
             for view in (before, now)
         )
         return F.kl_div(new.clamp(min=1e-9).log(), old.detach(), reduction="sum") / len(rows)

@@ -8,6 +8,7 @@ came, or since the last move.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,13 @@ from torch import Tensor
 from model_parts.backbone import at_last
 from model_parts.base import Batch
 from model_parts.decoding import token_rows
-from model_parts.drift import Drift, blend_weights, detect_drift, digits_with_hysteresis
+from model_parts.drift import (
+    NO_DRIFT,
+    Drift,
+    blend_weights,
+    detect_drift,
+    digits_with_hysteresis,
+)
 from model_parts.fusion import blend_weights_of, nearest_grid_point
 from our_models.pmat import PMAT, View
 
@@ -40,6 +47,7 @@ class _State:
     items: _Coded  # the whole catalogue
     past: _Coded  # the newest items of the history, as many as the generator looks at
     start: int = 0  # first position after the last accepted drift
+    due: int = 0  # length of the history at which the next test is worth its chance of an alarm
 
 
 class Server:
@@ -48,8 +56,10 @@ class Server:
     Args:
         model: a trained PMAT with early fusion; it is put into evaluation mode.
         histories: has `.items` [R] (1..N) and `.offsets` [U + 1]; other users start with nothing.
-        p_value: weights move when the test says at most this. Every update tests anew, so chances
-            of a false alarm add up.
+        p_value: weights move when the test says at most this.
+        growth: an update tests when there are so many times the items there were at the last test,
+            counted from the last accepted drift. With 1 every update does, and chances of a false
+            alarm add up item by item.
         threshold: if above 0, weights move when the divergence exceeds it, whatever the p-value:
             one bound for all, which knows nothing of chance (facts 3.5). For comparisons only.
         rate: how far weights move, 1 = all the way.
@@ -63,6 +73,7 @@ class Server:
         model: PMAT,
         histories: Any,
         p_value: float = 0.01,
+        growth: float = 1.5,
         threshold: float = 0.0,
         rate: float = 0.5,
         margin: float = 0.05,
@@ -73,7 +84,7 @@ class Server:
             raise ValueError("with late weights codes do not depend on users: nothing to keep")
         self.model = model.eval()
         self.histories = histories
-        self.p_value, self.threshold = p_value, threshold
+        self.p_value, self.growth, self.threshold = p_value, growth, threshold
         self.rate, self.margin, self.permutations = rate, margin, permutations
         self.generator = torch.Generator().manual_seed(seed)
         self.window = model.positions.table.num_embeddings
@@ -82,7 +93,7 @@ class Server:
             self.fixed = model.fixed_vectors(self.rows)  # [N, d]
             self.tie_break = model.tie_break()
             # what weights need to know of items, the same for every user
-            self.sides = model.attention.item_side(model.latents, model.present)
+            self.sides = model.attention.item_side(model.traits, model.present)
         self.states: dict[int, _State] = {}
 
     # ----------------------------------------------------------------- requests
@@ -117,7 +128,8 @@ class Server:
 
     @torch.no_grad()
     def update(self, user: int, items: Sequence[int], force: bool = False) -> Drift:
-        """Append items; on drift, or with `force`, move weights and codes. `cut` is in the history.
+        """Append items; on drift, or with `force`, move weights and codes. `cut` is in the history;
+        the p-value is 1 where no test was due.
 
         Raises ValueError for items outside the catalogue; nothing is changed then.
         """
@@ -127,11 +139,15 @@ class Server:
         state = self._of(user)
         state.history.extend(items)
         state.past = self._appended(state, self.rows.new_tensor(items) - 1)
-        drift = self._detect(state)
+        length = len(state.history)
+        tests = length >= state.due
+        drift = self._detect(state) if tests else NO_DRIFT
         by_divergence, by_chance = drift.divergence > self.threshold, drift.p_value <= self.p_value
-        drifted = by_divergence if self.threshold else by_chance
+        drifted = tests and (by_divergence if self.threshold else by_chance)
         if drifted:
             state.start = drift.cut
+        if tests:
+            state.due = state.start + math.ceil(self.growth * (length - state.start))
         if drifted or force:
             self._move(user, state)
         return drift
@@ -181,7 +197,7 @@ class Server:
             return model.modality_weights(view, self.rows)[:, 0], then
         now = blend_weights_of(model.attention.user_side(view.context), self.sides)[:, 0]
         contexts = contexts[1 : len(past) + 1]
-        return now, model.attention.pairs(contexts, model.latents[past], model.present[past])
+        return now, model.attention.pairs(contexts, model.traits[past], model.present[past])
 
     def _codes(self, weights: Tensor, rows: Tensor) -> Tensor:
         return self.model.atlas[nearest_grid_point(weights, self.model.grid), rows]
@@ -189,7 +205,7 @@ class Server:
     def _detect(self, state: _State) -> Drift:
         start = max(state.start, len(state.history) - self.window)  # bounds the cost
         rows = self.rows.new_tensor(state.history[start:]) - 1
-        known = self.model.latents[rows], self.model.present[rows]
+        known = self.model.traits[rows], self.model.present[rows]
         drift = detect_drift(*known, self.generator, self.permutations)
         return drift._replace(cut=start + drift.cut)
 

@@ -72,10 +72,19 @@ class PersonalTokenizer(Recommender):
         items = torch.tensor(data.train.items, dtype=torch.long)
         counts = torch.bincount(items, minlength=data.n_items + 1)[1:]
         self.counts.copy_(counts)
-        latents, present = item_latents(data, counts > 0, self.own, generator)
+        self.learn_latents(data, generator)
+        self.fit_codes(generator)
+
+    def learn_latents(self, data: TrainingData, generator: torch.Generator) -> None:
+        """Fill `latents` and `present`. Raises ValueError without features."""
+        latents, present = item_latents(data, self.counts > 0, self.own, generator)
         self.latents.copy_(latents)
         self.present.copy_(present)
-        self.fit_codes(generator)
+
+    @property
+    def traits(self) -> Tensor:
+        """What modality weights look at, [N, M, z]: here what IDs are made of."""
+        return self.latents
 
     def fit_codes(self, generator: torch.Generator) -> None:
         """Codebooks and codes of the latents as they are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.follow_drift import beginnings, main
+from benchmarks.follow_drift import beginnings, main, shuffled
 from data_utils import Sequences
 from experiments.runs import run
 
@@ -14,6 +14,14 @@ def test_beginnings_keep_the_oldest_items_of_every_user():
     items, offsets = np.arange(1, 9, dtype=np.int32), np.array([0, 5, 5, 6, 8])
     half = beginnings(Sequences(items, offsets, np.arange(8)), 0.5)
     assert [half.of(user).tolist() for user in range(4)] == [[1, 2, 3], [], [6], [7]]
+
+
+def test_shuffled_histories_keep_their_items():
+    items, offsets = np.arange(1, 41, dtype=np.int32), np.array([0, 25, 25, 40])
+    mixed = shuffled(Sequences(items, offsets, np.arange(40)))
+    assert not np.array_equal(mixed.items, items)
+    for user in range(3):
+        assert sorted(mixed.of(user)) == items[offsets[user] : offsets[user + 1]].tolist()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from torch import Tensor
 from config import Config
 from experiments.runs import Task
 from model_parts.base import Batch, TrainingData
+from model_parts.drift import NO_DRIFT
 from our_models.pmat import PMAT
 from our_models.serving import Server
 from util import seed_everything
@@ -169,6 +170,25 @@ def test_drift_moves_weights_and_starts_anew(serve: Callable[..., Server]) -> No
     assert torch.allclose(state.items.weights - wanted, 0.75 * (before[1] - wanted), atol=1e-6)
     later = server.update(0, unlike(server, 0, 8)[4:])
     assert later.cut >= drift.cut
+
+
+def test_tests_get_rarer_as_a_history_grows(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested: list[int] = []
+    monkeypatch.setattr(
+        Server, "_detect", lambda _, state: tested.append(len(state.history)) or NO_DRIFT
+    )
+    for growth, expected in (
+        (1.0, list(range(1, 13))),
+        (2.0, [1, 2, 4, 8]),
+        (1.5, [1, 2, 3, 5, 8, 12]),
+    ):
+        tested.clear()
+        server = serve(growth=growth)
+        for item in range(1, 13):
+            server.update(999, [item])
+        assert tested == expected
 
 
 def test_threshold_replaces_the_test(serve: Callable[..., Server]) -> None:

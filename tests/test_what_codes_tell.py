@@ -41,7 +41,7 @@ def test_a_leak_is_seen_and_nothing_else(leaks):
 
     class Model:
         own = SimpleNamespace(codes=2)
-        latents = present = torch.zeros(n_items)
+        traits = present = torch.zeros(n_items)
         attention = SimpleNamespace(pairs=lambda *_: torch.full((2, n_users), 0.5))
 
         def view(self, batch):
