@@ -92,8 +92,10 @@ class Server:
         with torch.no_grad():
             self.fixed = model.fixed_vectors(self.rows)  # [N, d]
             self.tie_break = model.tie_break()
-            # what weights need to know of items, the same for every user
-            self.sides = model.attention.item_side(model.traits, model.present)
+            # what weights need to know of items, the same for every user [N, M, a]; items lie next
+            # to each other in memory, as the product with a user's side reads them
+            sides = model.attention.item_side(model.traits, model.present)
+            self.sides = sides.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         self.states: dict[int, _State] = {}
 
     # ----------------------------------------------------------------- requests

@@ -47,6 +47,8 @@ class PersonalTokenizer(Recommender):
         n_items = config.n_items(catalogue)
         n_modalities = config.n_modalities(catalogue) + own.with_behaviour
         grid = simplex_grid(n_modalities, own.grid)
+        if own.personalised == "none":  # even, though thirds are no multiples of a half
+            grid[0] = 1 / n_modalities
         self.register_buffer("grid", grid)
         self.register_buffer("corners", grid.argmax(0))
         self.register_buffer("towards", next_grid_points(grid), persistent=False)

@@ -246,6 +246,18 @@ def test_behaviour_is_one_more_modality(made, task) -> None:
     assert torch.isfinite(model.loss(histories(task))["item"])
 
 
+def test_even_weights_are_even_though_a_third_is_no_half(made, task) -> None:
+    model = made({"pmat.with_behaviour": True, "pmat.grid": 2, "pmat.personalised": "none"})
+    ids, shared = model.item_ids(histories(task)), model.own.shared_digits
+    whole = model.present.all(1)
+    assert whole.any() and not whole.all()
+    everywhere = torch.full((3, len(whole)), 1 / 3)
+    codes = model.quantiser.codes(model.quantiser.tables(model.latents), everywhere)
+    assert torch.equal(ids[:, whole, shared:], codes[whole].expand(len(ids), -1, -1))
+    # an item that lacks a modality: even among those it has
+    assert torch.equal(ids[:, ~whole, shared:], codes[~whole].expand(len(ids), -1, -1))
+
+
 def test_beta_scales_a_dense_vector(made) -> None:
     model, rows = made({"pmat.beta": 0.5}), torch.arange(50)
     with torch.no_grad():
