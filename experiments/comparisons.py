@@ -293,6 +293,7 @@ def ablation_table(found: list[Entry]) -> Table:
 
 
 def plain_metric(name: str) -> Column:
+    """The column of a metric in a table that ranks nothing."""
     return _metric(name)._replace(best=0)
 
 
