@@ -1,0 +1,98 @@
+"""What an epoch of each model costs, as a ratio to the first one named, from a few steps of each.
+
+    python benchmarks/epoch_cost.py --dataset ../shared/data/beauty --model sasrec,bsarec,pmat,rpg
+
+Every model has its preset (`--set` changes all of them): batch size and examples differ, so an epoch
+is what the model needs to see all train data once. Stage one is not counted; it is printed beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import Config, ConfigError, build_config
+from data_utils import bucketed_order
+from experiments.runs import Task, load_task, model_class, stage_one
+from experiments.training import Trainer
+from util import UserError, pick_device, seed_everything
+
+
+class Cost(NamedTuple):
+    """Seconds of stage one and of a step, and steps of an epoch."""
+
+    prepare: float
+    step: float
+    steps: int
+
+    @property
+    def epoch(self) -> float:
+        """Seconds of an epoch."""
+        return self.step * self.steps
+
+
+def cost(config: Config, task: Task, steps: int) -> Cost:
+    """Prepare a model and time `steps` updates after one that is not counted.
+
+    Raises UserError for a model that does not learn.
+    """
+    seed_everything(config.run.seed)
+    device = pick_device(config.run.device)
+    model = model_class(config.run.model)(config, task.dataset.catalogue).to(device)
+    start = time.perf_counter()
+    stage_one(model, task, config)
+    prepare = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(model, task.split.train, config, Path(folder), device, dict, "")
+        if not trainer.parameters:
+            raise UserError(f"{model.name} has no epochs: there is nothing to learn.")
+        lengths = trainer.examples.lengths * (1 if model.bucketed else 0)
+        order = bucketed_order(lengths, config.train.batch_size, np.random.default_rng(0))
+        model.begin_epoch(0, torch.Generator().manual_seed(0))
+        model.train()
+        batches = list(trainer._batches(order[: steps + 1]))
+        trainer._step(*batches[0])
+        start = time.perf_counter()  # a step ends with a read from the device
+        for batch in batches[1:]:
+            trainer._step(*batch)
+        seconds = (time.perf_counter() - start) / max(len(batches) - 1, 1)
+    return Cost(prepare, seconds, trainer.steps_per_epoch)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Time and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", default="mock")
+    parser.add_argument("--model", default="sasrec,bsarec,pmat,rpg")
+    parser.add_argument("--steps", type=int, default=10, help="timed, of each model")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
+    asked = parser.parse_args(arguments)
+    given = dict(pair.split("=", 1) for pair in asked.set)
+    given |= {"run.mode": "baseline", "data.dataset": asked.dataset}
+    try:
+        task = load_task(build_config(given))
+        print(f"{'':14s}{'stage one':>10s}{'steps':>8s}{'ms/step':>9s}{'epoch':>9s}{'ratio':>8s}")
+        first = None
+        for name in asked.model.split(","):
+            found = cost(build_config(given, model=name), task, asked.steps)
+            first = first or found.epoch
+            print(
+                f"{name:14s}{found.prepare:9.1f}s{found.steps:8d}{1000 * found.step:9.1f}"
+                f"{found.epoch:8.1f}s{found.epoch / first:8.2f}",
+                flush=True,
+            )
+    except (ConfigError, UserError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The benchmark of what epochs cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.epoch_cost import main
+
+
+def test_the_first_model_is_the_measure(capsys, small_flags):
+    main(["--model", "sasrec,pmat", "--steps", "2", *small_flags])
+    header, *lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert header.split()[-1] == "ratio"
+    assert list(rows) == ["sasrec", "pmat"]
+    assert rows["sasrec"][-1] == "1.00"
+    assert float(rows["pmat"][-1]) > 0
+
+
+def test_a_model_with_nothing_to_learn_is_refused(capsys, small_flags):
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", "popularity", *small_flags])
+    assert stop.value.code == 2
+    assert "popularity" in capsys.readouterr().err
