@@ -2,8 +2,8 @@
 
     python benchmarks/epoch_cost.py --dataset ../shared/data/beauty --model sasrec,bsarec,pmat,rpg
 
-Every model has its preset (`--set` changes all of them): batch size and examples differ, so an epoch
-is what the model needs to see all train data once. Stage one is not counted; it is printed beside.
+Every model has its preset (`--set` changes all of them): batch size and examples differ, so an
+epoch is what the model needs to see all train data once. Stage one is printed beside, not counted.
 """
 
 from __future__ import annotations
