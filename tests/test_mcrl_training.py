@@ -18,6 +18,7 @@ from experiments.runs import Task
 from model_parts.base import Batch, TrainingData
 from model_parts.contrastive import aligned, feature_neighbours, info_nce, one_prefix_each
 from our_models.mcrl import MCRL, PMATWithMCRL, sample_positive_negative_ids
+from our_models.pmat import PMAT
 from util import seed_everything
 
 LEVELS = {"user", "intra", "inter"}
@@ -34,7 +35,8 @@ def made(tiny: Callable[..., Config], task: Task) -> Callable[..., MCRL | PMATWi
     def make(name: str, settings: dict[str, Any] | None = None) -> MCRL | PMATWithMCRL:
         seed_everything(7)
         config = tiny(name, {"mcrl.stage_one_epochs": 1} | (settings or {}), dropout=False)
-        model = {"mcrl": MCRL, "pmat_mcrl": PMATWithMCRL}[name](config, task.dataset.catalogue)
+        kinds = {"pmat": PMAT, "mcrl": MCRL, "pmat_mcrl": PMATWithMCRL}
+        model = kinds[name](config, task.dataset.catalogue)
         train, catalogue = task.split.train, task.dataset.catalogue
         data = TrainingData(train, catalogue, train.n_users, catalogue.n_items)
         model.prepare(data, random(7))
@@ -238,6 +240,18 @@ def test_stage_one_gives_pmat_its_latents_and_is_then_left_alone(made, task) -> 
     before = model.latents.clone()
     trained(model, task, steps=3)
     assert torch.equal(model.latents, before)
+
+
+def test_modality_weights_look_at_the_features_before_mcrl(made, task) -> None:
+    plain, joint = made("pmat"), made("pmat_mcrl")
+    assert torch.equal(joint.traits, plain.latents)
+    assert not torch.allclose(joint.latents, plain.latents, atol=0.1)
+    batch = examples(joint, task)
+    summaries, weights = joint.summaries(batch.items), joint.modality_weights_of(batch)
+    assert torch.equal(summaries, plain.summaries(batch.items))
+    joint.latents.neg_()
+    assert torch.equal(joint.summaries(batch.items), summaries)
+    assert torch.equal(joint.modality_weights_of(batch), weights)
 
 
 @pytest.mark.parametrize("name", ["mcrl", "pmat_mcrl"])
