@@ -89,7 +89,7 @@ class PersonalTokenizer(Recommender):
         return self.latents
 
     def fit_codes(self, generator: torch.Generator) -> None:
-        """Codebooks and codes of the latents as they are."""
+        """Codebooks, made for the blends in use, and codes of the latents as they are."""
         in_train = self.counts > 0
         if self.own.shared_digits:
             width = len(self.shared_quantiser.mean)
@@ -98,7 +98,8 @@ class PersonalTokenizer(Recommender):
             self.shared_quantiser.fit(together[in_train], generator)
             self.shared_codes.copy_(self.shared_quantiser.encode(together))
         fitted = self.latents[in_train]
-        points = torch.randint(len(self.grid), (4, len(fitted)), generator=generator)
+        in_use = 1 if self.own.personalised == "none" else len(self.grid)
+        points = torch.randint(in_use, (4, len(fitted)), generator=generator)
         blends = (self.grid[points][..., None] * fitted).flatten(0, 1)  # [4 N, M, z]
         blends = blends[blends.flatten(1).norm(dim=1) > 0]  # all weight on a missing modality
         self.quantiser.fit(blends, generator)

@@ -258,6 +258,17 @@ def test_even_weights_are_even_though_a_third_is_no_half(made, task) -> None:
     assert torch.equal(ids[:, ~whole, shared:], codes[~whole].expand(len(ids), -1, -1))
 
 
+def test_codebooks_are_made_for_the_blends_in_use(made, task) -> None:
+    def closeness(settings: dict[str, Any]) -> float:
+        model = made({"pmat.grid": 3, "pmat.with_behaviour": True} | settings)
+        items = torch.tensor(task.split.train.items).long().unique() - 1
+        blends = (model.latents[items] / 3).flatten(1)  # blend 0 is the even one
+        words = model.quantiser.decode(model.atlas[0, items]).flatten(1)
+        return float(torch.nn.functional.cosine_similarity(blends, words).mean())
+
+    assert closeness({"pmat.personalised": "none"}) > closeness({}) + 0.01
+
+
 def test_beta_scales_a_dense_vector(made) -> None:
     model, rows = made({"pmat.beta": 0.5}), torch.arange(50)
     with torch.no_grad():
