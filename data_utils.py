@@ -22,6 +22,7 @@ import data_readers
 from config import Config, ConfigError, build_config
 from data_readers.card import data_card
 from data_readers.tables import TEST, TRAIN, VALID, Catalogue, Dataset, Sequences
+from settings import read_pairs
 from util import UserError
 
 __all__ = ["Catalogue", "Dataset", "Sequences", "load_dataset", "split_dataset"]
@@ -283,12 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("pmat").setLevel(logging.INFO)
     try:
         given = {"data.dataset": found.dataset, "data.data_dir": found.data_dir}
-        for text in found.set:
-            key, separator, value = text.partition("=")
-            if not separator:
-                raise ConfigError(f"--set {text}: write it as key=value.")
-            given[key.strip()] = value.strip()
-        config = build_config(given)
+        config = build_config(given | read_pairs(found.set))
         dataset = load_dataset(config)
         choices = ("min_rating", "k_core", "tie_policy", "features")
         read_with = ", ".join(f"{key} {getattr(config.data, key)}" for key in choices)

@@ -7,6 +7,7 @@ import sys
 from typing import Any, NoReturn
 
 from config import MODES, ConfigError, closest, read_yaml
+from settings import read_pairs
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,12 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 def settings(found: argparse.Namespace) -> dict[str, Any]:
     """Dotted key -> value of everything given on the command line."""
-    given = {}
-    for text in found.set:  # first, so that a flag of its own beats --set
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {text}: write it as key=value.")
-        given[key.strip()] = value.strip()
+    given: dict[str, Any] = {**read_pairs(found.set)}  # first, a flag of its own beats --set
     for flag, (key, _, _) in FLAGS.items():
         if getattr(found, flag) is not None:
             given[key] = getattr(found, flag)

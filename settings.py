@@ -111,6 +111,17 @@ def _kind_name(kind: type) -> str:
     return names.get(kind, "a mapping such as {text: 48}")
 
 
+def read_pairs(texts: list[str]) -> dict[str, str]:
+    """Dotted key -> text of `--set` flags such as "train.lr=0.001". Raises ConfigError."""
+    given = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {text}: write it as key=value.")
+        given[key.strip()] = value.strip()
+    return given
+
+
 def read_sections(path: str, sections: set[str]) -> dict[str, Any]:
     """Dotted key -> value of a YAML file of sections (`train: {lr: 0.001}`) or dotted keys.
 

@@ -24,6 +24,7 @@ from config import Config, ConfigError, build_config
 from data_utils import bucketed_order
 from experiments.runs import Task, load_task, model_class, stage_one
 from experiments.training import Trainer
+from settings import read_pairs
 from util import UserError, pick_device, seed_everything
 
 
@@ -76,9 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed, of each model")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
     asked = parser.parse_args(arguments)
-    given = dict(pair.split("=", 1) for pair in asked.set)
-    given |= {"run.mode": "baseline", "data.dataset": asked.dataset}
     try:
+        given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_pairs(asked.set)
         task = load_task(build_config(given))
         print(f"{'':14s}{'stage one':>10s}{'steps':>8s}{'ms/step':>9s}{'epoch':>9s}{'ratio':>8s}")
         first = None

@@ -30,6 +30,7 @@ from data_readers.missing import without_modality
 from data_utils import split_dataset
 from experiments.runs import RANKS, Task, load_ranks, load_task, run
 from metrics import Ranks, average_over_seeds, paired_bootstrap, per_user
+from settings import read_pairs
 
 
 class Outcome(NamedTuple):
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="let the runs stay here")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
     found = parser.parse_args(arguments)
-    given = {"data.dataset": found.dataset} | dict(text.split("=", 1) for text in found.set)
+    given = {"data.dataset": found.dataset} | read_pairs(found.set)
     config = build_config(settings(given, True, 42))
     task = load_task(config)
     modality = found.modality or next(iter(task.dataset.catalogue.modalities), "visual")

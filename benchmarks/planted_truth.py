@@ -34,6 +34,7 @@ from metrics import average_over_seeds, paired_bootstrap, per_user
 from model_parts.base import Batch
 from model_parts.drift import detect_drift
 from our_models.pmat import PMAT
+from settings import read_pairs
 
 CONTROLS = ("even weights", "item weights", "random weights", "weights of another user")
 MORE = ("user weights", "late weights on fixed digits", "user vector as prefix")
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--more", action="store_true")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
     found = parser.parse_args()
-    given = dict(text.split("=", 1) for text in found.set)
+    given = read_pairs(found.set)
     controls = CONTROLS + MORE * found.more
     task = load_task(build_config(settings(given, None, "")))
     users: dict[str | None, list[np.ndarray]] = {}

@@ -16,13 +16,13 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Config, ConfigError, build_config
 from experiments.personal import measured_ids
 from experiments.runs import Task, load_task, model_class, stage_one
+from settings import read_pairs
 from util import UserError, seed_everything
 
 COLUMNS = {
@@ -45,11 +45,6 @@ def tokenized(config: Config, task: Task) -> tuple[dict[str, float] | None, floa
     return measured_ids(model, task.dataset, task.split.train, config), seconds
 
 
-def settings(pairs: list[str]) -> dict[str, Any]:
-    """["a.b=c"] -> {"a.b": "c"}."""
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Tokenize and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,12 +61,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def compare(asked: argparse.Namespace) -> None:
     """One line for every model and change. Raises ConfigError and UserError."""
-    given = {"run.mode": "baseline", "data.dataset": asked.dataset} | settings(asked.set)
+    given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_pairs(asked.set)
+    for change in asked.vary:  # a misspelt one would have no line
+        build_config(given | read_pairs([change]))
     task = load_task(build_config(given))
     print(f"{'':32s}" + "".join(f"{name:>11s}" for name in COLUMNS.values()) + f"{'seconds':>9s}")
     for name in asked.model.split(","):
         for change in ("", *(v for v in asked.vary if v.startswith(f"{name}."))):
-            config = build_config(given | settings([change] if change else []), model=name)
+            config = build_config(given | read_pairs([change] if change else []), model=name)
             found, seconds = tokenized(config, task)
             if found is None:
                 raise UserError(f"{name} has no semantic IDs.")

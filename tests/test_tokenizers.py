@@ -26,6 +26,8 @@ def test_a_change_has_a_line_of_its_own(capsys, small_flags, monkeypatch):
         (["--model", "sasrec"], "sasrec has no semantic IDs"),
         (["--model", "leter"], "letter"),
         (["--set", "letter.code=4"], "letter.codes"),
+        (["--set", "letter.codes"], "write it as key=value"),
+        (["--model", "letter", "--vary", "leter.codes=4"], "letter.codes"),
     ],
 )
 def test_mistakes_are_one_line(capsys, small_flags, flags, message):
