@@ -20,11 +20,12 @@ from settings import (
     closest,
     keys,
     number,
+    read_pairs,
     read_sections,
     setting,
 )
 
-__all__ = ["Config", "ConfigError", "build_config", "closest", "keys", "read_yaml"]
+__all__ = ["Config", "ConfigError", "build_config", "closest", "keys", "read_pairs", "read_yaml"]
 
 # --------------------------------------------------------------------------- run, data, training
 

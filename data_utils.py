@@ -19,10 +19,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import data_readers
-from config import Config, ConfigError, build_config
+from config import Config, ConfigError, build_config, read_pairs
 from data_readers.card import data_card
 from data_readers.tables import TEST, TRAIN, VALID, Catalogue, Dataset, Sequences
-from settings import read_pairs
 from util import UserError
 
 __all__ = ["Catalogue", "Dataset", "Sequences", "load_dataset", "split_dataset"]

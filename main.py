@@ -6,8 +6,7 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from config import MODES, ConfigError, closest, read_yaml
-from settings import read_pairs
+from config import MODES, ConfigError, closest, read_pairs, read_yaml
 
 
 class _Parser(argparse.ArgumentParser):

@@ -20,11 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, ConfigError, build_config
+from config import Config, ConfigError, build_config, read_pairs
 from data_utils import bucketed_order
 from experiments.runs import Task, load_task, model_class, stage_one
 from experiments.training import Trainer
-from settings import read_pairs
 from util import UserError, pick_device, seed_everything
 
 

@@ -25,12 +25,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import build_config
+from config import build_config, read_pairs
 from data_readers.missing import without_modality
 from data_utils import split_dataset
 from experiments.runs import RANKS, Task, load_ranks, load_task, run
 from metrics import Ranks, average_over_seeds, paired_bootstrap, per_user
-from settings import read_pairs
 
 
 class Outcome(NamedTuple):

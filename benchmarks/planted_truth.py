@@ -27,14 +27,13 @@ from scipy.stats import rankdata, spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import build_config
+from config import build_config, read_pairs
 from data_utils import history_batch
 from experiments.runs import RANKS, Task, load_model, load_ranks, load_task, run
 from metrics import average_over_seeds, paired_bootstrap, per_user
 from model_parts.base import Batch
 from model_parts.drift import detect_drift
 from our_models.pmat import PMAT
-from settings import read_pairs
 
 CONTROLS = ("even weights", "item weights", "random weights", "weights of another user")
 MORE = ("user weights", "late weights on fixed digits", "user vector as prefix")

@@ -19,10 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, ConfigError, build_config
+from config import Config, ConfigError, build_config, read_pairs
 from experiments.personal import measured_ids
 from experiments.runs import Task, load_task, model_class, stage_one
-from settings import read_pairs
 from util import UserError, seed_everything
 
 COLUMNS = {
