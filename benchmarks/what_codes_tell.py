@@ -11,7 +11,8 @@ For each run of `pmat` or `pmat_mcrl`, on test users:
 - Entropy of alpha over its largest value; variance of alpha_m over users (mean over items) and over
   the items that have all modalities (mean over users): how much of it depends on either.
 - Share of items whose ID is not unique for a user, of those whose first personal digit changes
-  when one more item arrives, entropy of a personal digit over users, in bits.
+  when one more item arrives (in codes made anew, as the generator sees them, and in those that the
+  server keeps), entropy of a personal digit over users, in bits.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from experiments.runs import BEST, CONFIG, Task, load_model, load_task
 from metrics import uniqueness
 from model_parts.base import Batch
 from our_models.pmat import PMAT
+from our_models.serving import Server
 
 MEASURED_USERS = 64  # whose codes of all items are compared
 
@@ -130,6 +132,11 @@ def habits(model: PMAT, task: Task, users: np.ndarray, window: int) -> dict[str,
     shared = model.own.shared_digits
     codes = model.item_ids(histories).numpy()
     old = model.item_ids(batch_of(before, users, window)).numpy()
+    served = Server(model, before)
+    kept = [served.item_ids(user)[:, shared].clone() for user in users]
+    for user in users:
+        served.update(user, now.of(user)[-1:])
+    moved = [(served.item_ids(u)[:, shared] != k).float() for u, k in zip(users, kept, strict=True)]
     rows = torch.arange(codes.shape[1])
     alpha = model.modality_weights(model.view(histories), rows).numpy()  # [M, U, N]
     complete = model.present.all(1).numpy()
@@ -140,6 +147,7 @@ def habits(model: PMAT, task: Task, users: np.ndarray, window: int) -> dict[str,
         "its variance over items": float(alpha[:, :, complete].var(2).mean()),
         "collisions": 1 - uniqueness(codes),
         "first digit changed": float((codes[:, :, shared] != old[:, :, shared]).mean()),
+        "the same, as served": float(torch.stack(moved).mean()),
         "bits of a digit": float(entropy_over_users(codes[:, :, shared:])),
     }
 
