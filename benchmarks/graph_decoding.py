@@ -39,7 +39,7 @@ def main(flags: list[str] | None = None) -> None:
     dataset = load_dataset(build_config(overlay=read_yaml(str(arguments.run / CONFIG))))
     split = split_dataset(dataset)
     model, config = load_model(arguments.run, dataset.catalogue)
-    own, test = model.own, _some(split.test, arguments.users)
+    own, test = model.own, some_users(split.test, arguments.users)
     for walk in (None, *(arguments.walks or [(own.beams, own.edges, own.steps)])):
         own.decoding = "graph" if walk else "exhaustive"
         if walk:
@@ -54,7 +54,7 @@ def main(flags: list[str] | None = None) -> None:
         print(f"{name:<16}{shown}   {len(test.users) / seconds:8.0f} users/s", flush=True)
 
 
-def _some(targets: Targets, count: int | None) -> Targets:
+def some_users(targets: Targets, count: int | None) -> Targets:
     """Those of `count` random users."""
     if not count or count >= len(targets.users):
         return targets

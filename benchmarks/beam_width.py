@@ -1,0 +1,57 @@
+"""How many beams does a model that writes IDs need? On a trained run, valid part only.
+
+    python benchmarks/beam_width.py results/baseline_.../tiger_seed42
+    python benchmarks/beam_width.py RUN --beams 10 20 50 200 --users 4000
+
+Prints valid Recall@10 and NDCG@10 (seen items masked or not, as the run had it) and users per
+second for each number of beams, on the same weights and users. Seen items take places in the beams
+before they are masked, so a list of ten wants more than ten beams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.graph_decoding import some_users
+from config import build_config, read_yaml
+from experiments.evaluation import evaluate
+from experiments.runs import BEST, CONFIG, load_model, load_task
+from metrics import ranking_metrics
+from model_parts.generative import GenerativeRecommender
+
+
+def main(flags: list[str] | None = None) -> None:
+    """Decode the valid part with each number of beams."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--beams", nargs="+", type=int, default=[10, 20, 50, 200])
+    parser.add_argument("--users", type=int, help="so many users, at random (all)")
+    asked = parser.parse_args(flags)
+    if min(asked.beams) < 1:
+        parser.error("--beams wants numbers of at least 1.")
+    if not (asked.run / BEST).exists():
+        parser.error(f"{asked.run} is no run folder: it has no {BEST}.")
+    task = load_task(build_config(overlay=read_yaml(str(asked.run / CONFIG))))
+    model, config = load_model(asked.run, task.dataset.catalogue)
+    if not isinstance(model, GenerativeRecommender):
+        parser.error(f"{asked.run} is a run of {model.name}, which has no beams.")
+    valid = some_users(task.split.valid, asked.users)
+    for model.own.beams in asked.beams:
+        start = time.perf_counter()
+        found = evaluate(model, task.split.train, valid, config, torch.device("cpu"))
+        seconds = time.perf_counter() - start
+        metrics = ranking_metrics(found.masked if config.train.mask_seen else found.unmasked)
+        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("recall@10", "ndcg@10"))
+        rate = len(valid.users) / seconds
+        print(f"{model.own.beams:4d} beams  {shown}  {rate:8.0f} users/s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
