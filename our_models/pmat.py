@@ -77,6 +77,7 @@ class PMAT(PersonalTokenizer):
         "pmat.shared_digits": [8, 16, 24],
         "pmat.personal_digits": [8, 16, 32],
         "pmat.beta": [0.0, 0.25, 0.5, 1.0],
+        "pmat.sharpness": (1.0, 16.0, "log"),
     }
 
     strangers: Tensor  # [1024, summary], histories of random users
