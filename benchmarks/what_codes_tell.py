@@ -132,11 +132,6 @@ def habits(model: PMAT, task: Task, users: np.ndarray, window: int) -> dict[str,
     shared = model.own.shared_digits
     codes = model.item_ids(histories).numpy()
     old = model.item_ids(batch_of(before, users, window)).numpy()
-    served = Server(model, before)
-    kept = [served.item_ids(user)[:, shared].clone() for user in users]
-    for user in users:
-        served.update(user, now.of(user)[-1:])
-    moved = [(served.item_ids(u)[:, shared] != k).float() for u, k in zip(users, kept, strict=True)]
     rows = torch.arange(codes.shape[1])
     alpha = model.modality_weights(model.view(histories), rows).numpy()  # [M, U, N]
     complete = model.present.all(1).numpy()
@@ -147,9 +142,19 @@ def habits(model: PMAT, task: Task, users: np.ndarray, window: int) -> dict[str,
         "its variance over items": float(alpha[:, :, complete].var(2).mean()),
         "collisions": 1 - uniqueness(codes),
         "first digit changed": float((codes[:, :, shared] != old[:, :, shared]).mean()),
-        "the same, as served": float(torch.stack(moved).mean()),
+        "the same, as served": served_churn(Server(model, before), now, users),
         "bits of a digit": float(entropy_over_users(codes[:, :, shared:])),
     }
+
+
+def served_churn(server: Server, now: Sequences, users: np.ndarray) -> float:
+    """Share of first personal digits that change when the server is told the newest item."""
+    shared, changed = server.model.own.shared_digits, 0.0
+    for user in users:
+        kept = server.item_ids(user)[:, shared]
+        server.update(user, now.of(user)[-1:])
+        changed += float((server.item_ids(user)[:, shared] != kept).float().mean())
+    return changed / len(users)
 
 
 def entropy_over_users(codes: np.ndarray) -> float:
