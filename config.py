@@ -183,6 +183,9 @@ class RPG:
     steps: int = number(3, 1, 1000, "q, steps of the graph walk")
 
 
+AMONG = ("all", "existing")
+
+
 @dataclass
 class Seq2Seq:
     """Encoder-decoder of models that write semantic IDs; sizes of TIGER's paper."""
@@ -196,6 +199,7 @@ class Seq2Seq:
     codes: int = number(256, 2, 65536, "codes per digit")
     history: int = number(20, 1, 10_000, "newest items of a history that are read")
     beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
+    among: str = choice("all", AMONG, "codes a digit is predicted among; existing: that go on")
 
 
 @dataclass
@@ -209,6 +213,7 @@ class DecoderOnly:
     dropout: float = number(0.1, 0.0, 0.95, "everywhere")
     codes: int = number(256, 2, 65536, "codes per digit")
     beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
+    among: str = choice("all", AMONG, "codes a digit is predicted among; existing: that go on")
 
 
 @dataclass
@@ -604,6 +609,7 @@ def _id_writer(name: str, **mock: Any) -> dict[str, dict[str, Any]]:
     The dataclasses above have the sizes of the papers. `mock` adds to the preset of that data set.
     """
     everywhere = {
+        "among": "existing",
         "width": 96,
         "layers": 2,
         "attention_heads": 4,
@@ -866,7 +872,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def dataset_name(dataset: str) -> str:
-    """The name presets go by: the last part of a path."""
+    """The name of a data set: the last part of a path."""
     return Path(dataset).name or dataset
 
 
@@ -884,7 +890,10 @@ def build_config(
     asked = overlay | flags
     mode = str(asked.get("run.mode", Run.mode))
     by_mode = MODE_DEFAULTS.get(mode, {})
-    name = dataset_name(str(asked.get("data.dataset", Data.dataset)))
+    dataset = str(asked.get("data.dataset", Data.dataset))
+    name = dataset_name(dataset)
+    if name == "mock" != dataset:
+        name = ""  # a folder of that name holds something else
     by_data = MODEL_PRESETS.get(model or str(asked.get("run.model", Run.model)), {})
     presets = DATASET_PRESETS.get(name, {}) | by_data.get("*", {}) | by_data.get(name, {})
     presets |= MODE_DATA_PRESETS.get((mode, name), {})
@@ -914,6 +923,12 @@ def _check_together(config: Config) -> None:
             raise ConfigError(
                 f"{section.name}.width ({own.width}) is no multiple of {section.name}.heads."
             )
+
+
+def setting(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    section, _, leaf = key.partition(".")
+    return getattr(getattr(config, section), leaf)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

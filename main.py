@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from config import MODES, ConfigError, closest, read_pairs, read_yaml
+from config import MODES, Config, ConfigError, closest, read_pairs, read_yaml, setting
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,23 +24,23 @@ class _Parser(argparse.ArgumentParser):
         return found
 
 
-# flag -> (dotted key, type, help); the defaults are those of config.py
+# flag -> (dotted key, type, help); {} stands for the default in config.py
 FLAGS: dict[str, tuple[str, type, str]] = {
-    "mode": ("run.mode", str, f"{', '.join(MODES)} (default quick)"),
-    "dataset": ("data.dataset", str, "mock, amazon, movielens, mmrec, or a folder (default mock)"),
+    "mode": ("run.mode", str, f"{', '.join(MODES)} (default {{}})"),
+    "dataset": ("data.dataset", str, "mock, amazon, movielens, mmrec, or a folder (default {})"),
     "model": ("run.model", str, "a model; several, with commas, where a mode compares them"),
     "epochs": ("train.epochs", int, "passes over the train set (quick 2, else the model's preset)"),
     "batch_size": ("train.batch_size", int, "examples per step (quick 64, else the preset)"),
-    "lr": ("train.lr", float, "learning rate (1e-4 where the model's preset names none)"),
-    "device": ("run.device", str, "auto, cpu or cuda (default auto)"),
-    "seed": ("run.seed", int, "random seed (default 42)"),
-    "seeds": ("run.seeds", int, "runs per model, with seeds seed, seed+1, ... (default 1)"),
-    "save_dir": ("run.save_dir", str, "folder of the results (default ./results)"),
-    "log_dir": ("run.log_dir", str, "folder of experiment.log (default ./logs)"),
-    "data_dir": ("data.data_dir", str, "folder of the data sets (default ./data)"),
-    "trials": ("hyper.trials", int, "mode hyper: trials of the study (default 20)"),
+    "lr": ("train.lr", float, "learning rate ({} where the model's preset names none)"),
+    "device": ("run.device", str, "auto, cpu or cuda (default {})"),
+    "seed": ("run.seed", int, "random seed (default {})"),
+    "seeds": ("run.seeds", int, "runs per model, with seeds seed, seed+1, ... (default {})"),
+    "save_dir": ("run.save_dir", str, "folder of the results (default {})"),
+    "log_dir": ("run.log_dir", str, "folder of experiment.log (default {})"),
+    "data_dir": ("data.data_dir", str, "folder of the data sets (default {})"),
+    "trials": ("hyper.trials", int, "mode hyper: trials of the study (default {})"),
     "from": ("run.source", str, "mode report: the run folder to rebuild tables and figures of"),
-    "num_workers": ("train.num_workers", int, "batches prefetched by a thread (default 0)"),
+    "num_workers": ("train.num_workers", int, "batches prefetched by a thread (default {})"),
 }
 
 
@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
         description="PMAT-MCRL: personalised, dynamic, multimodal semantic IDs.",
         allow_abbrev=False,
     )
-    for flag, (_, kind, note) in FLAGS.items():
+    defaults = Config()
+    for flag, (key, kind, note) in FLAGS.items():
+        note = note.format(setting(defaults, key))
         parser.add_argument(f"--{flag}", type=kind, help=note)
     parser.add_argument(
         "--amp", action=argparse.BooleanOptionalAction, help="mixed precision on CUDA"

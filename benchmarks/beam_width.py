@@ -20,11 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.graph_decoding import some_users
-from config import build_config, read_yaml
 from experiments.evaluation import evaluate
-from experiments.runs import BEST, CONFIG, load_model, load_task
+from experiments.runs import load_trained
 from metrics import ranking_metrics
 from model_parts.generative import GenerativeRecommender
+from util import UserError
 
 
 def main(flags: list[str] | None = None) -> None:
@@ -36,10 +36,10 @@ def main(flags: list[str] | None = None) -> None:
     asked = parser.parse_args(flags)
     if min(asked.beams) < 1:
         parser.error("--beams wants numbers of at least 1.")
-    if not (asked.run / BEST).exists():
-        parser.error(f"{asked.run} is no run folder: it has no {BEST}.")
-    task = load_task(build_config(overlay=read_yaml(str(asked.run / CONFIG))))
-    model, config = load_model(asked.run, task.dataset.catalogue)
+    try:
+        model, config, task = load_trained(asked.run)
+    except UserError as error:
+        parser.error(str(error))
     if not isinstance(model, GenerativeRecommender):
         parser.error(f"{asked.run} is a run of {model.name}, which has no beams.")
     valid = some_users(task.split.valid, asked.users)

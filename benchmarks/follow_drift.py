@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import build_config, read_yaml
 from data_utils import Sequences
 from experiments.evaluation import rank_targets
-from experiments.runs import BEST, CONFIG, Task, load_model, load_task
+from experiments.runs import Task, load_trained
 from metrics import Ranks, paired_bootstrap, per_user
 from model_parts.drift import detect_drift
 from our_models.pmat import PMAT
 from our_models.serving import Server
+from util import UserError
 
 ALARM = 0.01  # p-value, as the server has it
 
@@ -131,10 +131,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, default=5)
     parser.add_argument("--users", type=int, default=1000)
     asked = parser.parse_args(arguments)
-    if not (asked.run / BEST).exists():
-        parser.error(f"{asked.run} is no run folder: it has no {BEST}.")
-    task = load_task(build_config(overlay=read_yaml(str(asked.run / CONFIG))))
-    model, config = load_model(asked.run, task.dataset.catalogue)
+    try:
+        model, config, task = load_trained(asked.run)
+    except UserError as error:
+        parser.error(str(error))
     if not isinstance(model, PMAT) or model.own.fusion != "early":
         parser.error(f"{asked.run} is no run of pmat or pmat_mcrl with early fusion.")
     everybody = task.split.test.users

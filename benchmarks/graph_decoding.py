@@ -20,11 +20,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import build_config, read_yaml
-from data_utils import Targets, load_dataset, split_dataset
+from data_utils import Targets
 from experiments.evaluation import evaluate
-from experiments.runs import BEST, CONFIG, load_model
+from experiments.runs import load_trained
 from metrics import ranking_metrics
+from util import UserError
 
 
 def main(flags: list[str] | None = None) -> None:
@@ -34,11 +34,11 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--walks", nargs="*", type=_walk, help="beams,edges,steps")
     parser.add_argument("--users", type=int, help="so many test users, at random (all)")
     arguments = parser.parse_args(flags)
-    if not (arguments.run / BEST).exists():
-        parser.error(f"{arguments.run} is no run folder: it has no {BEST}.")
-    dataset = load_dataset(build_config(overlay=read_yaml(str(arguments.run / CONFIG))))
-    split = split_dataset(dataset)
-    model, config = load_model(arguments.run, dataset.catalogue)
+    try:
+        model, config, task = load_trained(arguments.run)
+    except UserError as error:
+        parser.error(str(error))
+    split = task.split
     own, test = model.own, some_users(split.test, arguments.users)
     for walk in (None, *(arguments.walks or [(own.beams, own.edges, own.steps)])):
         own.decoding = "graph" if walk else "exhaustive"

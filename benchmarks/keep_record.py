@@ -25,10 +25,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import build_config
+from config import ConfigError, build_config
 from experiments.runs import load_task
 from metrics import Ranks, paired_bootstrap, per_user
-from util import write_json, write_yaml
+from util import UserError, write_json, write_yaml
 
 KEPT = ("metrics.json", "epochs.jsonl")
 LOCAL = {"run": ("save_dir", "log_dir", "device"), "data": ("data_dir",)}  # of one machine only
@@ -182,7 +182,10 @@ def main() -> None:
     if arguments.restore:
         if not arguments.dataset:
             parser.error("--restore wants --dataset")
-        restore(arguments.place, arguments.restore, arguments.dataset, arguments.mode)
+        try:
+            restore(arguments.place, arguments.restore, arguments.dataset, arguments.mode)
+        except (UserError, ConfigError) as error:
+            parser.error(str(error))
         print(f"Now: python main.py --mode report --from {arguments.restore}")
         return
     for run in arguments.runs:

@@ -30,14 +30,14 @@ from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import build_config, read_yaml
 from data_utils import Sequences, history_batch
 from experiments.personal import without_newest
-from experiments.runs import BEST, CONFIG, Task, load_model, load_task
+from experiments.runs import Task, load_trained
 from metrics import uniqueness
 from model_parts.base import Batch
 from our_models.pmat import PMAT
 from our_models.serving import Server
+from util import UserError
 
 MEASURED_USERS = 64  # whose codes of all items are compared
 
@@ -177,10 +177,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--users", type=int, default=4000)
     found = parser.parse_args(arguments)
     for run in found.runs:
-        if not (run / BEST).exists():
-            parser.error(f"{run} is no run folder: it has no {BEST}.")
-        task = load_task(build_config(overlay=read_yaml(str(run / CONFIG))))
-        model, config = load_model(run, task.dataset.catalogue)
+        try:
+            model, config, task = load_trained(run)
+        except UserError as error:
+            parser.error(str(error))
         if not isinstance(model, PMAT) or model.own.fusion != "early":
             parser.error(f"{run} is no run of pmat or pmat_mcrl with early fusion.")
         if model.own.personalised == "random":

@@ -14,10 +14,11 @@ import pandas as pd
 from data_readers import cache
 from data_readers.features import find_features, load_modality
 from data_readers.interactions import DEFAULTS, Interactions, Options, arrange
-from data_readers.parsing import ID, REAL, TEXT, WHOLE, Table, dataset_name, read_table
+from data_readers.parsing import ID, REAL, TEXT, WHOLE, Table, dataset_name, header, read_table
 from data_readers.tables import Catalogue, Dataset
 from util import UserError
 
+TIMES = {"timestamp", "timestamps", "time", "ts", "date", "datetime", "unixreviewtime"}
 LONGEST_TITLE = 10_000  # characters; beyond it a quote was left open and swallowed the rows below
 
 
@@ -51,6 +52,8 @@ def read_folder(
 def _build(path: Path, name: str, features: dict[str, Path], options: Options, key: str) -> Dataset:
     columns = {"user_id": ID, "item_id": ID, "timestamp": WHOLE, "rating": REAL}
     table = read_table(path / "interactions.csv", columns, optional=("timestamp", "rating"))
+    if "timestamp" not in table.frame:
+        _refuse_misnamed_times(path / "interactions.csv")
     user_codes, user_ids = _by_appearance(table.frame["user_id"])
     items = read_items(path / "items.csv") if (path / "items.csv").is_file() else None
     if items is None:
@@ -75,6 +78,16 @@ def _build(path: Path, name: str, features: dict[str, Path], options: Options, k
     catalogue = Catalogue(*(column[arranged.items] for column in items), modalities)
     users = user_ids[arranged.users]
     return Dataset(name, users, arranged.sequences, catalogue, arranged.labels, None, key)
+
+
+def _refuse_misnamed_times(path: Path) -> None:
+    """Without times the order of the file counts: never because a column has another name."""
+    for name in header(path):
+        if name.lower().replace("_", "") in TIMES:
+            raise UserError(
+                f"{path}, line 1: column {name!r} looks like times; call it 'timestamp', or remove "
+                "it if the order of the rows is to count."
+            )
 
 
 def read_items(path: Path) -> ItemRows:

@@ -85,17 +85,17 @@ def read_table(
     missing or empty file, a missing column, lines of the wrong length, bytes that are not UTF-8,
     empty ids and cells that are not finite numbers.
     """
-    header = _header(path, form)
-    missing = [name for name in columns if name not in header and name not in optional]
+    names = header(path, form)
+    missing = [name for name in columns if name not in names and name not in optional]
     if missing:
         raise UserError(
             f"{path}, line 1: column {missing[0]!r} is missing; "
-            f"add it or rename one of those found: {', '.join(header)}."
+            f"add it or rename one of those found: {', '.join(names)}."
         )
-    frame = _parse(path, form, header, {name: columns.get(name, ID) for name in header})
+    frame = _parse(path, form, names, {name: columns.get(name, ID) for name in names})
     if not len(frame):
         raise UserError(f"{path} has a header but no rows; add at least one row.")
-    table = Table(path, form, frame[[name for name in columns if name in header]])
+    table = Table(path, form, frame[[name for name in columns if name in names]])
     for name in table.frame:
         if columns[name] == ID:
             empty = table.frame[name].cat.categories.str.strip() == ""
@@ -128,24 +128,24 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror}); check it.") from None
 
 
-def _header(path: Path, form: Form) -> list[str]:
+def header(path: Path, form: Form = CSV) -> list[str]:
     """Names of the columns, from the first line unless the form gives them."""
     try:
         if form.names and path.stat().st_size:
             return list(form.names)
         with open(path, encoding="utf-8-sig", newline="") as file:
-            header = [name.strip() for name in next(csv.reader(file, delimiter=form.sep), [])]
+            names = [name.strip() for name in next(csv.reader(file, delimiter=form.sep), [])]
     except UnicodeDecodeError:
         raise _encoding_fault(path) from None
     except (OSError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read ({reason}); check path and permissions.") from None
-    if not any(header):
+    if not any(names):
         raise UserError(f"{path} is empty; its first line must name the columns.")
-    twice = [name for name in header if header.count(name) > 1]
+    twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"{path}, line 1: column {twice[0]!r} appears twice; rename one of them.")
-    return header
+    return names
 
 
 def _parse(path: Path, form: Form, header: list[str], kinds: dict[str, str]) -> pd.DataFrame:

@@ -22,6 +22,12 @@ class Sequences(NamedTuple):
         return len(self.offsets) - 1
 
     @property
+    def timed(self) -> bool:
+        """Whether there are times, not just positions in the file."""
+        owner = np.repeat(np.arange(self.n_users), self.lengths)
+        return not np.array_equal(self.timestamps, np.arange(len(owner)) - self.offsets[owner])
+
+    @property
     def lengths(self) -> np.ndarray:
         """[U] items in each history."""
         return np.diff(self.offsets)

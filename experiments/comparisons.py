@@ -66,7 +66,7 @@ def _still_rising(found: list[Entry]) -> str:
     if not names:
         return ""
     return (
-        f" Best at the last epoch of their preset, so that more training might raise them: "
+        f" Best at the last epoch of their schedule, so that more training might raise them: "
         f"{', '.join(names)}."
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from config import Config
+from config import Config, ConfigError
 from experiments import comparisons, plots, report
 from experiments.modes import conduct, model_jobs, run_jobs
 from experiments.requests import Request
@@ -39,8 +39,15 @@ def run_mcrl_experiment(request: Request) -> int:
     """The three steps, `--seeds` runs each; returns the number of failed runs.
 
     1 PMAT alone, 2 PMAT and MCRL jointly, 3 their comparison. Weights are copied to `checkpoints/`
-    beside the results folder, the comparison goes to `mcrl_experiment_*.json`.
+    beside the results folder, the comparison goes to `mcrl_experiment_*.json`. Raises ConfigError
+    for other models.
     """
+    others = set(request.models(())) - set(CHECKPOINTS)
+    if others:
+        raise ConfigError(
+            f"--mode mcrl compares {' and '.join(CHECKPOINTS)}, not {min(others)}; leave --model "
+            "out, or use --mode baseline."
+        )
     return conduct(request, tuple(CHECKPOINTS), train_both)
 
 

@@ -8,15 +8,17 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import MODE_MODELS, Config, ConfigError
+from config import MODE_MODELS, Config, ConfigError, build_config, read_yaml
 from experiments import find_writer
 from experiments.report import read_runs
 from experiments.requests import Request, announce, finish, open_folder, read_request
-from experiments.runs import METRICS, MODELS, Task, load_task, model_class, run
-from experiments.training import Stopped
+from experiments.runs import CONFIG, METRICS, MODELS, Task, load_task, model_class, run
+from experiments.training import Stopped, comparable, refuse_other
 from util import UserError, from_first, rank
 
 logger = getLogger("pmat")
+# What mode report may be told: which run, and where its data are now.
+REPORT_FLAGS = {"run.mode", "run.source", "run.log_dir", "data.dataset", "data.data_dir"}
 # A part of a mode: trains into a folder and returns the folders of the runs that failed.
 Part = Callable[[Request, Task, Path], list[Path]]
 
@@ -38,7 +40,7 @@ def quick(request: Request) -> int:
     model = request.config().run.model
 
     def part(request: Request, task: Task, folder: Path) -> list[Path]:
-        jobs = [job._replace(place=folder) for job in model_jobs(request, (model,), folder)[:1]]
+        jobs = _alone(model_jobs(request, (model,), folder), folder)
         return run_jobs(request, jobs, task, isolate=False)
 
     return conduct(request, (model,), part)
@@ -72,12 +74,19 @@ def rebuild(request: Request) -> int:
         raise UserError("--mode report: name the run folder with --from results/...")
     folder = Path(source)
     stored = read_request(folder)
-    here = {key: value for key, value in request.flags.items() if key == "data.data_dir"}
+    idle = request.flags.keys() - REPORT_FLAGS
+    if idle:
+        raise UserError(
+            f"--mode report: {min(idle)} is of a run that trains; the run in {folder} is as it is."
+        )
+    here = {key: value for key, value in request.flags.items() if key.startswith("data.")}
     config = stored._replace(flags=stored.flags | here).config()
     write = find_writer(config.run.mode)
     if write is None:
         raise UserError(f"--from {source}: mode {config.run.mode} has no tables to rebuild.")
     task = load_task(config)
+    if not list(folder.rglob(METRICS)):
+        raise UserError(f"--from {source}: no run in it has finished; go on with --resume {source}")
     _check_same_data(folder, task)
     write(folder, task, None)
     print(f"\nTables and figures are in {folder}")
@@ -119,9 +128,7 @@ def conduct(request: Request, names: tuple[str, ...], part: Part) -> int:
 def train_models(request: Request, task: Task, folder: Path) -> list[Path]:
     """The part of mode baseline."""
     jobs = model_jobs(request, request.models(tuple(MODELS)), folder)
-    if len(jobs) == 1:  # a single run goes into the folder of the mode itself
-        jobs = [jobs[0]._replace(place=folder)]
-    return run_jobs(request, jobs, task)
+    return run_jobs(request, _alone(jobs, folder), task)
 
 
 def train_ablations(request: Request, task: Task, folder: Path) -> list[Path]:
@@ -137,6 +144,11 @@ def model_jobs(request: Request, names: tuple[str, ...], folder: Path) -> list[J
         for name in names
         for seed in seeds_of(request.config())
     ]
+
+
+def _alone(jobs: list[Job], folder: Path) -> list[Job]:
+    """A single run goes into the folder of the mode itself."""
+    return [jobs[0]._replace(place=folder)] if len(jobs) == 1 else jobs
 
 
 def ablation_jobs(request: Request, names: list[str], folder: Path) -> list[Job]:
@@ -173,10 +185,15 @@ def run_jobs(request: Request, jobs: list[Job], task: Task, isolate: bool = True
 
 
 def run_once(config: Config, seed: int, task: Task, folder: Path, isolate: bool) -> bool:
-    """Whether the run of this folder is finished now; with `isolate`, failures are only logged."""
-    if from_first((folder / METRICS).exists()):
-        return True
+    """Whether the run of this folder is finished now; with `isolate`, failures are only logged.
+
+    Raises UserError where it was finished with other settings.
+    """
     config.run.seed = seed
+    if from_first((folder / METRICS).exists()):
+        made = build_config(overlay=read_yaml(str(folder / CONFIG)))
+        refuse_other(folder, comparable(made), comparable(config))
+        return True
     folder.mkdir(parents=True, exist_ok=True)
     label = f" ({config.run.label})" if config.run.label else ""
     logger.info("\n%s%s, seed %d", config.run.model, label, seed)

@@ -63,6 +63,11 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def plain(text: str) -> str:
+    """Text of the user's data as a label: dollar signs begin no formula."""
+    return text.replace("$", r"\$")
+
+
 def _hide_rest(axes: np.ndarray, used: int) -> None:
     """Hide the panels after the first `used`; the ones above them then carry the x-axis."""
     for index, axis in enumerate(axes.ravel()):
@@ -153,7 +158,7 @@ def learning_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None
         return
     columns = min(4, len(lines))
     n_rows = -(-len(lines) // columns)
-    size = (max(WIDTH * columns / 4, 3.0), 0.6 + 1.5 * n_rows)
+    size = (max(WIDTH * columns / 4, 4.5), 0.6 + 1.5 * n_rows)
     with drawing(path, n_rows, columns, size, sharex=True, sharey=True) as axes:
         flat = axes.ravel()
         for axis, model in zip(flat, lines, strict=False):
@@ -166,8 +171,8 @@ def learning_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None
             last = " (last)" if best == len(values) - 1 else ""
             axis.set_title(f"{model}: {values[best]:.4f}{last}")
         _hide_rest(axes, len(lines))
-        flat[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        flat[0].set_ylim(bottom=0)
+        flat[0].xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+        flat[0].set_ylim(0, 1.1 * max(values.max() for _, values in lines.values()) or 1)
         figure = flat[0].figure
         figure.supxlabel("epoch (orange: the one that is kept, grey: other models)", fontsize=9)
         figure.supylabel("valid NDCG@10", fontsize=9)

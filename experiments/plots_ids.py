@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from experiments.personal import PLANTED
-from experiments.plots import COLOURS, DASHES, GREY, MARKERS, WIDTH, drawing
+from experiments.plots import COLOURS, DASHES, GREY, MARKERS, WIDTH, drawing, plain
 
 LEADS = 0.5  # planted weight from which a modality counts as the user's leader
 MAX_CATEGORIES = 6
@@ -159,7 +159,7 @@ def _largest_moves(frame: pd.DataFrame, path: Path, n_users: int = 3) -> None:
                     part["step"], part[name], label=name, color=COLOURS[index % 7],
                     linestyle=DASHES[index % 7],
                 )  # fmt: skip
-            axis.set_title(f"user {user}")
+            axis.set_title(plain(f"user {user}"))
             axis.set_xlabel("items seen")
         axes[0, 0].set_ylabel("learned weight")
         axes[0, 0].set_ylim(0, 1)
@@ -232,7 +232,7 @@ def _by_category(axis: Axes, points: np.ndarray, labels: list[str]) -> None:
         members = np.array([label == name for label in labels])
         axis.scatter(
             *points[members].T, s=12, color=COLOURS[index], marker=MARKERS[index],
-            linewidths=0, label=name[:28],
+            linewidths=0, label=plain(name[:28]),
         )  # fmt: skip
     axis.set_title("items, IDs without a user")
     if names:
@@ -255,10 +255,10 @@ def _one_item(
     for index, (user, point) in enumerate(zip(users, own, strict=True)):
         axis.scatter(
             *point, s=110 - 70 * index / len(users), color=COLOURS[index % 7],
-            marker=MARKERS[index % 7], edgecolor="black", linewidth=0.6, label=f"user {user}",
-            zorder=3 + index,
+            marker=MARKERS[index % 7], edgecolor="black", linewidth=0.6, zorder=3 + index,
+            label=plain(f"user {user}"),
         )  # fmt: skip
-    axis.set_title(f"item {star} as different users have it")
+    axis.set_title(plain(f"item {star} as different users have it"))
     axis.legend(
         frameon=False,
         fontsize=7,

@@ -11,10 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.runs import METRICS, MODELS, RANKS, VALID_IN_GRAPH, Task, load_ranks
+from experiments.runs import (
+    METRICS,
+    MODELS,
+    RANKS,
+    UNTIMED,
+    VALID_IN_GRAPH,
+    Task,
+    load_ranks,
+)
 from experiments.tables import Table
 from experiments.training import EPOCHS
 from metrics import Ranks, average_over_seeds, per_user
+from util import UserError
 
 COLUMNS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 
@@ -71,10 +80,24 @@ def read_runs(folder: Path) -> list[Run]:
         for place in places
         if (place / METRICS).exists()
     ]
+    _same_protocol(runs)
     order = {name: index for index, name in enumerate(MODELS)}
     return sorted(
         runs, key=lambda r: (order.get(r.model, len(order)), r.label, r.seed, r.folder.name)
     )
+
+
+def _same_protocol(runs: list[Run]) -> None:
+    """Raise UserError for runs that were measured in different ways: no table may hold both."""
+    for other in runs[1:]:
+        for part in ("dataset", "protocol"):
+            first, second = runs[0].result[part], other.result[part]
+            for key in first.keys() & second.keys():
+                if first[key] != second[key]:
+                    raise UserError(
+                        f"{runs[0].folder} and {other.folder} differ in {key} ({first[key]} and "
+                        f"{second[key]}); put runs of one protocol in one folder."
+                    )
 
 
 def entries(runs: list[Run], ablations: bool = False) -> list[Entry]:
@@ -105,11 +128,14 @@ def caption(run: dict[str, Any]) -> str:
     data, protocol = run["dataset"], run["protocol"]
     masking = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
     split = protocol.get("split", "leave-one-out")
-    split = f"time-ordered {split}" if split == "leave-one-out" else f"split {split}"
+    ties = "" if split == UNTIMED else f", {_TIES[protocol['tie_policy']]}"
+    split = {"leave-one-out": "time-ordered leave-one-out", UNTIMED: UNTIMED}.get(
+        split, f"split {split}"
+    )
     return (
         f"{data['name']}: {data['users']:,} users, {data['items']:,} items, "
         f"{data['interactions']:,} interactions; test part, {split}, full ranking, {masking}, "
-        f"equal scores share the average rank, {_TIES[protocol['tie_policy']]}"
+        f"equal scores share the average rank{ties}"
     )
 
 

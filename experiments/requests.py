@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
-from config import Config, ConfigError, build_config, dataset_name, differences
+from config import Config, ConfigError, build_config, dataset_name, differences, setting
 from experiments.runs import CONFIG
 from experiments.training import comparable
 from util import UserError, claim, from_first, new_run_folder, rank, write_yaml
@@ -148,12 +148,16 @@ def resumed_request(folder: str, request: Request) -> Request:
     Where and on what to run (device, log folder) may change. Raises UserError naming the key.
     """
     stored = read_request(Path(folder))
-    for key, value in (request.overlay | request.flags).items():
-        before = (stored.overlay | stored.flags).get(key)
-        if key not in MAY_CHANGE and before != value:
+    known, given = stored.overlay | stored.flags, request.overlay | request.flags
+    for key in given.keys() - MAY_CHANGE:
+        # what was not given then comes from presets, which differ by model, but for these sections
+        comes_from_presets = key not in known and key.split(".")[0] not in ("run", "data")
+        before, now = (setting(one.config(), key) for one in (stored, request))
+        if comes_from_presets or before != now:
+            shown = "unset" if comes_from_presets else before
             raise UserError(
-                f"--resume {folder}: that run has {key}={'unset' if before is None else before}, "
-                f"not {value}; leave the flag out or start a new run."
+                f"--resume {folder}: that run has {key}={shown}, not {now}; leave the flag out or "
+                "start a new run."
             )
     kept = {key: value for key, value in request.flags.items() if key in MAY_CHANGE}
     return stored._replace(flags=stored.flags | kept)

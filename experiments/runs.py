@@ -43,6 +43,7 @@ logger = getLogger("pmat")
 MODELS = our_models.MODELS | baseline_models.MODELS
 METRICS, RANKS, CONFIG = "metrics.json", "ranks.npz", "config.yaml"
 VALID_IN_GRAPH = "test_with_valid_in_graph"  # second test metrics of models that read no history
+UNTIMED = "leave-one-out in the order of the file"
 LIST_LENGTH = 10  # of the lists that coverage looks at
 
 
@@ -63,6 +64,8 @@ def load_task(config: Config) -> Task:
         dataset.name, f"{sequences.n_users:,}", f"{catalogue.n_items:,}",
         f"{len(sequences.items):,}", ", ".join(widths) or "none",
     )  # fmt: skip
+    if split_name(dataset) == UNTIMED:
+        logger.info("There are no time stamps: the order of the rows of each user counts.")
     split = split_dataset(dataset)
     if not len(split.valid.users) or not len(split.test.users):
         raise UserError(
@@ -106,7 +109,10 @@ def train(
     memory_before = reset_peak_memory(device)
     split, catalogue = task.split, task.dataset.catalogue
     seed_everything(config.run.seed)
-    model = model_class(config.run.model)(config, catalogue).to(device)
+    try:
+        model = model_class(config.run.model)(config, catalogue).to(device)
+    except ValueError as error:
+        raise UserError(f"{config.run.model}: {error}") from error
     if rank() == 0:
         write_yaml(folder / CONFIG, to_dict(config))
 
@@ -156,6 +162,17 @@ def list_length(task: Task) -> int:
     return min(LIST_LENGTH, task.dataset.catalogue.n_items)
 
 
+def load_trained(folder: Path) -> tuple[Recommender, Config, Task]:
+    """The trained model of a run folder, its settings and its data.
+
+    Raises UserError where the folder holds no weights or the data are not where they were.
+    """
+    if not (folder / BEST).exists():
+        raise UserError(f"{folder} is no folder of a trained run: it has no {BEST}.")
+    task = load_task(build_config(overlay=read_yaml(str(folder / CONFIG))))
+    return *load_model(folder, task.dataset.catalogue), task
+
+
 def load_model(folder: Path, catalogue: Any) -> tuple[Recommender, Config]:
     """The trained model of a run folder and its settings. Raises UserError without weights."""
     config = build_config(overlay=read_yaml(str(folder / CONFIG)))
@@ -203,7 +220,7 @@ def _result(
         "protocol": {
             "mask_seen": config.train.mask_seen,
             "tie_policy": config.data.tie_policy,
-            "split": "leave-one-out" if task.dataset.labels is None else "of the source",
+            "split": split_name(task.dataset),
         },
         "valid": valid,
         "test": ranking_metrics(chosen) | extra,
@@ -213,6 +230,14 @@ def _result(
         ),
         "description": model.describe(),
     }
+
+
+def split_name(dataset: Dataset) -> str:
+    """How the held-out items were chosen; the mock data come in the order they were made."""
+    if dataset.labels is not None:
+        return "of the source"
+    timed = dataset.truth is not None or dataset.sequences.timed
+    return "leave-one-out" if timed else UNTIMED
 
 
 def _with_valid_in_graph(

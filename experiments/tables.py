@@ -11,7 +11,10 @@ import pandas as pd
 
 from util import atomic_path
 
-WIDE = 9  # a LaTeX table with more columns is shrunk to the line
+WIDE = (
+    9  # a LaTeX table with more columns is shrunk to the line, one with a ± in a cell counts twice
+)
+LONG = 40  # characters; a column with longer text gets lines of its own width
 
 
 class Column(NamedTuple):
@@ -101,7 +104,13 @@ def _places(texts: list[str], values: list[Any], best: int) -> list[int]:
 
 def latex(table: Table) -> str:
     """A booktabs table; needs the packages booktabs and, if it is wide, graphicx."""
-    wide = len(table.columns) > WIDE
+    rows = cells(table)
+    deviating = sum(any(row[c].deviation for row in rows) for c in range(len(table.columns)))
+    wide = len(table.columns) + deviating > WIDE
+    shapes = [
+        "p{6cm}" if any(len(r[c].text) > LONG for r in rows) else "lr"[c > 0]
+        for c in range(len(table.columns))
+    ]
     lines = [
         r"\begin{table}[t]",
         r"\centering",
@@ -109,12 +118,12 @@ def latex(table: Table) -> str:
         rf"\caption{{{escape(table.title)}. {escape(table.caption)}}}",
         rf"\label{{tab:{table.name.replace('_', '-')}}}",
         *([r"\resizebox{\linewidth}{!}{%"] if wide else []),
-        r"\begin{tabular}{l" + "r" * (len(table.columns) - 1) + "}",
+        rf"\begin{{tabular}}{{{''.join(shapes)}}}",
         r"\toprule",
         " & ".join(escape(column.title) for column in table.columns) + r" \\",
         r"\midrule",
     ]
-    for row, rule in zip(cells(table), _rules(table), strict=True):
+    for row, rule in zip(rows, _rules(table), strict=True):
         lines += [r"\midrule"] if rule else []
         lines.append(" & ".join(map(_latex_cell, row)) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}" + ("}" if wide else ""), r"\end{table}", ""]

@@ -301,7 +301,7 @@ class Trainer:
         best = " *" if self.progress.best_epoch == row["epoch"] else ""
         logger.info(
             "epoch %d  loss %.4f (%s)  valid %s%s  %.1f s",
-            row["epoch"], row["loss"], parts, shown, best, row["train_seconds"],
+            row["epoch"], row["loss"], parts, shown or "-", best, row["train_seconds"],
         )  # fmt: skip
         if self.board:
             for name, value in {**row["parts"], **valid}.items():
@@ -336,7 +336,10 @@ class Trainer:
         if not path.exists():
             return False
         state = load_checkpoint(path, self.device)
-        _refuse_other(path, state["identity"], self.identity)
+        made = state["identity"]
+        if made["data"] != self.identity["data"]:
+            raise UserError(f"{path} was trained on other data; start a new run without --resume.")
+        refuse_other(path, made["config"], self.identity["config"])
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
@@ -363,12 +366,11 @@ def comparable(config: Config) -> dict[str, Any]:
     return content
 
 
-def _refuse_other(path: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
-    if made["data"] != asked["data"]:
-        raise UserError(f"{path} was trained on other data; start a new run without --resume.")
-    for section, leaves in asked["config"].items():
+def refuse_other(path: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise UserError with the first of the `comparable` settings that is not as it was."""
+    for section, leaves in asked.items():
         for leaf, value in leaves.items():
-            before = made["config"].get(section, {}).get(leaf)
+            before = made.get(section, {}).get(leaf)
             if before != value:
                 raise UserError(
                     f"{path} was made with {section}.{leaf}={before}, not {value}; resume with the "

@@ -36,16 +36,18 @@ class Beams(NamedTuple):
     scores: Tensor  # [B, W], log-probability of the whole ID
 
 
-def beam_search(decoder: Decoder, trie: Trie, width: int) -> Beams:
-    """The `width` best IDs by the sum of their digits' log-probabilities."""
+def beam_search(decoder: Decoder, trie: Trie, width: int, existing: bool = False) -> Beams:
+    """The `width` best IDs by the sum of their digits' log-probabilities; with `existing`, of
+    those given that the ID exists so far."""
     table = decoder.start()
     nodes = torch.zeros_like(table[:, :, 0], dtype=torch.int64)
     scores = table.new_zeros(table.shape[:2])
     last = len(trie.levels) - 1
     for level in range(last + 1):
         options = trie.children(level, nodes)  # [B, W, C]
-        totals = table.gather(2, options.codes).add_(scores[:, :, None])
-        totals = totals.masked_fill_(~options.exist, float("-inf")).flatten(1)
+        totals = table.gather(2, options.codes).masked_fill_(~options.exist, float("-inf"))
+        totals = totals.log_softmax(2) if existing else totals
+        totals = totals.add_(scores[:, :, None]).flatten(1)
         # never more beams than prefixes of this length exist
         kept = min(width, totals.shape[1], trie.levels[level].n_children)
         scores, chosen = totals.topk(kept, dim=1)

@@ -12,7 +12,11 @@ context), `identifiers` (several IDs an item), `history_rows` (other tokens in f
 `temperature` divides the logits of the loss, not of scores.
 
 Row K j + c of the token table is code c of digit j; `special` rows follow. A digit is predicted
-among its own K codes, and the token rows are the output weights, too.
+among its own K codes, and the token rows are the output weights, too. With `own.among = existing`
+it is predicted among the codes with which an ID that exists can go on, in the loss and in the beam
+search: which IDs exist is known, and a short training should not be spent on learning it.
+
+Items that share an ID share its probability: P(item) = P(ID) P(item | ID), by train counts.
 """
 
 from __future__ import annotations
@@ -31,15 +35,16 @@ from model_parts.residual import colliding_share
 from model_parts.seq2seq import Cache, DecoderOnly, EncoderDecoder, Memory, keep_beams
 from model_parts.trie import Trie
 
-# Log-probability that the most popular item is ahead of others with the same ID.
-_TIE_BREAK = 1e-3
+# Interactions that an item is taken to have had besides those of train, among items with its ID.
+_PRIOR = 0.3
 
 
 class GenerativeRecommender(Recommender):
     """Token table, loss on digits and beam search around a network that writes IDs."""
 
     codes: Tensor  # [N, L] int64, row i-1 is item i
-    tie_break: Tensor  # [N], too small to matter unless items share an ID
+    interactions: Tensor  # [N] of train
+    share: Tensor  # [N] log P(item | its ID), 0 where no other item has it
 
     def __init__(
         self, n_items: int, own: Any, digits: int, network: nn.Module, special: int, scale: float
@@ -51,19 +56,23 @@ class GenerativeRecommender(Recommender):
         self.tokens = nn.Embedding(digits * own.codes + special, own.width)
         self.network = network
         self.register_buffer("codes", torch.zeros(n_items, digits, dtype=torch.int64))
-        self.register_buffer("tie_break", torch.zeros(n_items))
+        self.register_buffer("interactions", torch.zeros(n_items))
+        self.register_buffer("share", torch.zeros(n_items))
         self._trie: Trie | None = None
         self.register_load_state_dict_post_hook(lambda model, _: model.forget_trie())
 
     # ----------------------------------------------------------------- IDs
 
     def set_codes(self, codes: Tensor, interactions: Tensor | None = None) -> None:
-        """The IDs of all items [N, L]; of items that share one, those with more `interactions`
-        [N] come first."""
+        """The IDs of all items [N, L]; items that share one share its probability as they share
+        `interactions` [N], by default those given before."""
         self.codes.copy_(codes)
         if interactions is not None:
-            popularity = interactions.float().log1p()
-            self.tie_break.copy_(_TIE_BREAK * popularity / popularity.max().clamp(min=1))
+            self.interactions.copy_(interactions)
+        group = torch.unique(self.codes, dim=0, return_inverse=True)[1]
+        own = self.interactions + _PRIOR
+        whole = torch.zeros_like(own).index_add(0, group, own)
+        self.share.copy_((own / whole[group]).log())
         self.forget_trie()
 
     def identifiers(self) -> tuple[Tensor, Tensor]:
@@ -98,6 +107,8 @@ class GenerativeRecommender(Recommender):
     def digit_loss(self, states: Tensor, codes: Tensor) -> Tensor:
         """Cross-entropy of codes [P, L] given states [P, L, d], mean over targets and digits."""
         logits = self.digit_logits(states).float() / self.temperature
+        if self.own.among == "existing":
+            logits = logits.masked_fill(~self.trie().allowed(codes, self.n_codes), float("-inf"))
         return F.cross_entropy(logits.flatten(0, 1), codes.T.flatten())
 
     # ----------------------------------------------------------------- scores
@@ -111,8 +122,9 @@ class GenerativeRecommender(Recommender):
         """[B, N] log-probability of each item that a beam ended at, `NOT_FOUND` elsewhere."""
         memory, start = self.read(batch)
         trie = self.trie()
-        beams = beam_search(Writer(self, memory, start), trie, self.own.beams)
-        return trie.item_scores(beams.leaves, beams.scores) + self.tie_break
+        existing = self.own.among == "existing"
+        beams = beam_search(Writer(self, memory, start), trie, self.own.beams, existing)
+        return trie.item_scores(beams.leaves, beams.scores) + self.share
 
     def item_ids(self, batch: Batch | None = None) -> Tensor:
         """The codes, [N, L]: the same for every user."""

@@ -63,6 +63,18 @@ class Trie:
         codes = table.codes.index_select(0, nodes.flatten()).view(exist.shape)
         return Children(codes.long(), exist, table.first[nodes])
 
+    def allowed(self, codes: Tensor, n_codes: int) -> Tensor:
+        """With which of K codes IDs go on after each prefix of valid IDs [P, L]: [L, P, K] bool."""
+        found = torch.zeros(*codes.T.shape, n_codes, dtype=torch.bool, device=codes.device)
+        nodes = torch.zeros_like(codes[:, :1])
+        for level, own in enumerate(codes.split(1, dim=1)):
+            options = self.children(level, nodes)
+            which = options.codes[:, 0].where(options.exist[:, 0], own)  # padding: what is there
+            found[level].scatter_(1, which, True)
+            rank = ((which == own) & options.exist[:, 0]).int().argmax(1, keepdim=True)
+            nodes = options.first + rank
+        return found
+
     def item_scores(self, leaves: Tensor, scores: Tensor) -> Tensor:
         """Log-probability of every item [B, N] from that of leaves [B, W]; `NOT_FOUND` elsewhere.
 

@@ -16,6 +16,7 @@ of the history before the target only, so codes can not tell it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -438,7 +439,8 @@ def _law(text: str, n_points: int) -> Tensor:
     """Probabilities of the grid points from "0.2,0.5,..."; even for an empty text."""
     if not text:
         return torch.full((n_points,), 1 / n_points)
-    law = torch.tensor([float(part) for part in text.split(",")])
-    if len(law) != n_points or bool((law < 0).any()) or not float(law.sum()):
-        raise ValueError(f"pmat.law wants {n_points} numbers of at least 0, one for each blend")
-    return law
+    with contextlib.suppress(ValueError):
+        law = torch.tensor([float(part) for part in text.split(",")])
+        if len(law) == n_points and bool((law >= 0).all()) and float(law.sum()):
+            return law
+    raise ValueError(f"pmat.law wants {n_points} numbers of at least 0, one for each blend")

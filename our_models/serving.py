@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ class _State:
 class Server:
     """IDs and recommendations of one user at a time, kept up to date as items come in.
 
+    Users are rows 0, 1, ... of `dataset.user_ids`, items the numbers 1..N (row n - 1 of the
+    catalogue); anything that is no whole number raises TypeError.
+
     Args:
         model: a trained PMAT with early fusion; it is put into evaluation mode.
         histories: has `.items` [R] (1..N) and `.offsets` [U + 1]; other users start with nothing.
@@ -80,6 +84,8 @@ class Server:
         permutations: int = 200,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, PMAT):
+            raise TypeError(f"a server needs a PMAT, not a {type(model).__name__}")
         if model.own.fusion != "early":
             raise ValueError("with late weights codes do not depend on users: nothing to keep")
         self.model = model.eval()
@@ -135,7 +141,7 @@ class Server:
 
         Raises ValueError for items outside the catalogue; nothing is changed then.
         """
-        items = [int(item) for item in items]
+        items = [index(item) for item in items]
         if not all(1 <= item <= len(self.rows) for item in items):
             raise ValueError(f"items are numbered 1 to {len(self.rows)}")
         state = self._of(user)
@@ -157,6 +163,9 @@ class Server:
     # ----------------------------------------------------------------- state
 
     def _of(self, user: int) -> _State:
+        user = index(user)  # TypeError for the user's id in place of the row
+        if user < 0:
+            raise ValueError(f"users are numbered from 0, not {user}")
         if user not in self.states:
             history: list[int] = []
             if 0 <= user < len(self.histories.offsets) - 1:

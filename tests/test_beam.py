@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from model_parts.generative import DecoderRecommender, Seq2SeqRecommender
 from model_parts.trie import NOT_FOUND, Trie
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
-SIZES = {"width": 16, "layers": 2, "inner": 32, "dropout": 0.0, "codes": 5, "beams": 1000}
+SIZES = {
+    "width": 16, "layers": 2, "inner": 32, "dropout": 0.0, "codes": 5, "beams": 1000,
+    "among": "all",
+}  # fmt: skip
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -158,7 +162,7 @@ def test_items_that_share_an_id_tie() -> None:
 # ---- with the networks -------------------------------------------------------------------------
 
 
-def make_model(kind: str, n_items: int = 40, **sizes: int):
+def make_model(kind: str, n_items: int = 40, **sizes: Any):
     torch.manual_seed(0)
     if kind == "seq2seq":
         own = SimpleNamespace(**SIZES | {"attention_heads": 2, "head_width": 4, "history": 20})
@@ -180,9 +184,10 @@ def make_batch(n_items: int = 40) -> Batch:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("among", ["all", "existing"])
 @pytest.mark.parametrize("kind", ["seq2seq", "decoder"])
-def test_scores_of_a_full_beam_are_the_losses_of_all_items(kind: str) -> None:
-    model, batch = make_model(kind), make_batch()
+def test_scores_of_a_full_beam_are_the_losses_of_all_items(kind: str, among: str) -> None:
+    model, batch = make_model(kind, among=among), make_batch()
     scores = model.score(batch)
     for user in range(3):  # the last one has no history, so no training example
         length = int(batch.lengths[user])
@@ -193,14 +198,20 @@ def test_scores_of_a_full_beam_are_the_losses_of_all_items(kind: str) -> None:
             example = Batch(batch.users[:1], history, batch.lengths[user : user + 1], targets)
             loss = 3 * model.loss(example)["digits"]  # a mean over three digits
             torch.testing.assert_close(-scores[user, item - 1], loss, atol=1e-4, rtol=1e-4)
-    assert scores.exp().sum(1).max() <= 1.0 + 1e-5
+    whole = scores.exp().sum(1)  # what is given to IDs that no item has is lost
+    if among == "existing":
+        torch.testing.assert_close(whole, torch.ones(4))
+    else:
+        assert whole.max() < 0.9
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("among", ["all", "existing"])
 @pytest.mark.parametrize("kind", ["seq2seq", "decoder"])
-def test_a_narrow_beam_scores_a_few_items_as_the_full_one_does(kind: str) -> None:
+def test_a_narrow_beam_scores_a_few_items_as_the_full_one_does(kind: str, among: str) -> None:
     batch = make_batch()
-    narrow, full = make_model(kind, beams=6).score(batch), make_model(kind).score(batch)
+    narrow = make_model(kind, beams=6, among=among).score(batch)
+    full = make_model(kind, among=among).score(batch)
     found = narrow > NOT_FOUND
     assert (found.sum(1) == 6).all()
     torch.testing.assert_close(narrow[found], full[found], atol=1e-4, rtol=1e-4)
@@ -216,6 +227,30 @@ def test_new_codes_get_a_new_trie(kind: str) -> None:
     model.load_state_dict(other.state_dict())
     assert not torch.allclose(model.score(batch), before)
     torch.testing.assert_close(model.score(batch), other.score(batch))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["seq2seq", "decoder"])
+def test_items_with_one_id_share_its_probability_as_they_share_interactions(kind: str) -> None:
+    model, batch = make_model(kind), make_batch()
+    codes, interactions = model.codes.clone(), torch.zeros(40)
+    codes[1], interactions[:2] = codes[0], torch.tensor([0.7, 2.7])  # .3 each are added
+    model.set_codes(codes, interactions)
+    together = model.score(batch).exp()
+    torch.testing.assert_close(together[:, 1], 3 * together[:, 0])
+    model.set_codes(codes.flip(0))  # interactions stay, the pair is another one
+    pair = model.score(batch).exp()[:, 38:]
+    torch.testing.assert_close(pair[:, 0], pair[:, 1])
+
+
+def test_codes_that_are_allowed_go_on_to_an_id() -> None:
+    codes = torch.unique(some_codes(60), dim=0)
+    found = Trie(codes, all_owners(codes), len(codes)).allowed(codes, 5)  # [L, P, K]
+    for digit in range(codes.shape[1]):
+        for own, prefix in enumerate(codes[:, :digit]):
+            followers = codes[(codes[:, :digit] == prefix).all(1), digit]
+            expected = torch.isin(torch.arange(5), followers)
+            assert torch.equal(found[digit, own], expected)
 
 
 @torch.no_grad()
