@@ -442,8 +442,10 @@ class PMAT:
         "early", ("early", "late"), "weigh modalities before the codes, or fixed codes after"
     )
     prefix: bool = setting(False, "add the user context to the state of the generator")
-    dynamic: bool = setting(True, "weights follow the history; else the first items decide")
-    warm_items: int = number(3, 1, 1000, "items that decide where weights do not follow")
+    dynamic: bool = setting(True, "weights follow the history; else its first items decide")
+    warm_items: int = number(
+        3, 1, 1000, "first items (of the window) that decide where weights do not follow"
+    )
     consistency: float = number(0.1, 0.0, 100.0, "weight of the change of alpha from step to step")
     digit_loss: float = number(0.0, 0.0, 100.0, "weight of the cross-entropy of single digits")
     context: int = number(64, 4, 4096, "width of the user context that weights come from")
@@ -925,7 +927,7 @@ def _check_together(config: Config) -> None:
             )
 
 
-def setting(config: Config, key: str) -> Any:
+def value_of(config: Config, key: str) -> Any:
     """The value of a dotted key."""
     section, _, leaf = key.partition(".")
     return getattr(getattr(config, section), leaf)

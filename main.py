@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, NoReturn
 
-from config import MODES, Config, ConfigError, closest, read_pairs, read_yaml, setting
+from config import MODES, Config, ConfigError, closest, read_pairs, read_yaml, value_of
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     defaults = Config()
     for flag, (key, kind, note) in FLAGS.items():
-        note = note.format(setting(defaults, key))
+        note = note.format(value_of(defaults, key))
         parser.add_argument(f"--{flag}", type=kind, help=note)
     parser.add_argument(
         "--amp", action=argparse.BooleanOptionalAction, help="mixed precision on CUDA"

@@ -44,7 +44,7 @@ class CoFiRec(Seq2SeqRecommender):
     }
     search_space = {
         "train.lr": (3e-4, 3e-3, "log"),
-        "cofirec.codes": [64, 128, 256, 512],
+        "cofirec.codes": [32, 64, 128, 256, 512],
         "cofirec.temperature": [0.7, 0.8, 0.9, 1.0],
     }
 

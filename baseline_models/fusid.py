@@ -199,7 +199,7 @@ class FusID(DecoderRecommender):
         "train.lr": (3e-4, 3e-3, "log"),
         "fusid.alpha": [0.1, 0.2, 0.5],
         "fusid.digits": [3, 4, 5],
-        "fusid.codes": [256, 512, 1024],
+        "fusid.codes": [32, 256, 512, 1024],
         "fusid.dropout": [0.1, 0.2, 0.3],
     }
 

@@ -227,7 +227,7 @@ class MMQ(Seq2SeqRecommender):
     search_space = {
         "train.lr": (3e-4, 3e-3, "log"),
         "mmq.softness": [0.05, 0.1, 0.2],
-        "mmq.codes": [100, 256],
+        "mmq.codes": [32, 100, 256],
         "mmq.dropout": [0.1, 0.2, 0.3],
     }
 

@@ -72,7 +72,7 @@ class REARM(GraphRecommender):
         "rearm.rank": [3, 7],
         "rearm.user_co": [0.4, 0.7, 0.9],
         "rearm.user_neighbours": [25, 40],
-        "rearm.contrast": [1e-6, 1e-4, 1e-3],
+        "rearm.contrast": [1e-6, 5e-6, 1e-4, 1e-3],
         "rearm.temperature": [0.03, 0.6, 1.5],
     }
 

@@ -53,7 +53,7 @@ class RPG(Recommender):
     search_space = {
         "train.lr": (1e-3, 1e-2, "log"),
         "rpg.temperature": [0.03, 0.05, 0.07],
-        "rpg.digits": [16, 32, 64],
+        "rpg.digits": [8, 16, 32, 64],
     }
 
     codes: Tensor  # [N, m] int64, row i-1 is item i

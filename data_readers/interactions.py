@@ -119,7 +119,7 @@ def arrange(
     number = np.zeros(n_items, np.int32)
     number[items] = np.arange(1, len(items) + 1)
     if raw.timestamps is None:
-        timestamps = np.arange(len(order)) - np.repeat(offsets[:-1], lengths)
+        timestamps = np.arange(len(order)) - np.repeat(offsets[1:], lengths)  # ..., -2, -1
     else:
         timestamps = raw.timestamps[order].astype(np.int64)
     labels = None if raw.labels is None else raw.labels[order]

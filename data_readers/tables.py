@@ -14,7 +14,7 @@ class Sequences(NamedTuple):
 
     items: np.ndarray  # [R] int32, 1..N (0 is kept for padding), each user's in time order
     offsets: np.ndarray  # [U+1] int64
-    timestamps: np.ndarray  # [R] int64, as in the source; positions where it has none
+    timestamps: np.ndarray  # [R] int64, as in the source; where it has none ..., -2, -1
 
     @property
     def n_users(self) -> int:
@@ -23,9 +23,8 @@ class Sequences(NamedTuple):
 
     @property
     def timed(self) -> bool:
-        """Whether there are times, not just positions in the file."""
-        owner = np.repeat(np.arange(self.n_users), self.lengths)
-        return not np.array_equal(self.timestamps, np.arange(len(owner)) - self.offsets[owner])
+        """Whether there are times, not just the order of the rows."""
+        return bool((self.timestamps >= 0).any())
 
     @property
     def lengths(self) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 
 import our_models
 from config import Config
-from experiments.personal import batch_of, extreme_users, modality_weights
+from experiments.personal import batch_of, extreme_users, modality_weights, weight_names
 from experiments.report import Entry, protocol
 from experiments.runs import BEST, Task, load_model
 from experiments.tables import Column, Table
@@ -47,9 +47,9 @@ def _cases(model: Recommender, config: Config, task: Task, users: np.ndarray) ->
     dataset, histories = task.dataset, task.split.train_and_valid
     weights = modality_weights(model, histories, users, config)
     codes = model.item_ids(batch_of(model, histories, users, config.data.max_history)).cpu().numpy()
-    cases = []
+    names, cases = weight_names(dataset, weights.shape[1]), []
     for index, user in enumerate(users.tolist()):
-        alpha = dict(zip(dataset.catalogue.modalities, weights[index].tolist(), strict=True))
+        alpha = dict(zip(names, weights[index].tolist(), strict=True))
         cases.append(_case(model, config, task, user) | {"weights": alpha})
     star = None
     if codes.ndim == 3:

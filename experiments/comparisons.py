@@ -41,10 +41,9 @@ def baseline_table(found: list[Entry]) -> Table:
         "bold, second underlined."
     )
     if len(found) > 1:
-        role = " (the baseline that is best on test)" * (best.model in baseline_models.MODELS)
         note += (
-            f" NDCG@10 above (*) or below (†) that of {best.model}{role} at p < {SIGNIFICANT}, "
-            f"{USERS_ONLY}, Holm."
+            f" NDCG@10 above (*) or below (†) that of {best.model}{_role(best)} at "
+            f"p < {SIGNIFICANT}, {USERS_ONLY}, Holm."
         )
     if second:
         note += (
@@ -109,6 +108,10 @@ def reference(found: list[Entry]) -> Entry:
     return max(among, key=lambda entry: entry.users().mean())
 
 
+def _role(best: Entry) -> str:
+    return ", the baseline that is best on test," * (best.model in baseline_models.MODELS)
+
+
 def _against(found: list[Entry], best: Entry) -> pd.DataFrame:
     """Difference in NDCG@10 to `best` with a 95 % interval, Holm's p and Cohen's d."""
     theirs = best.users()
@@ -164,8 +167,8 @@ def group_table(found: list[Entry], task: Task) -> Table:
     columns += [Column(model, model) for model in values]
     columns += [Column(f"{entry.model} difference", f"Δ {entry.model}", "+.4f") for entry in ours]
     note = (
-        f"NDCG@10. {_over_seeds([best, *ours])}Δ against {best.model}, the baseline that is best "
-        "on test; * its 95 % interval (paired bootstrap over the users of the group, not corrected "
+        f"NDCG@10. {_over_seeds([best, *ours])}Δ against {best.model}{_role(best).rstrip(',')}; "
+        "* its 95 % interval (paired bootstrap over the users of the group, not corrected "
         f"for the number of groups) leaves out 0; – fewer than {FEWEST} users. Short, long, "
         "missing most and least: outer quarters of the users; planted: the taste that the mock "
         "generator gave. Nothing is bold. What weights of the user add is in the ablations, not "

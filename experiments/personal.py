@@ -160,7 +160,7 @@ def _weights_frame(dataset: Dataset, users: np.ndarray, weights: np.ndarray) -> 
     On mock also `planted <modality>`, the true weights in force at the end of the history.
     """
     names = list(dataset.catalogue.modalities)
-    frame = pd.DataFrame(weights, columns=_weight_names(dataset, weights.shape[1]))
+    frame = pd.DataFrame(weights, columns=weight_names(dataset, weights.shape[1]))
     frame.insert(0, "user_id", dataset.user_ids[users])
     if dataset.truth is not None:
         frame[[PLANTED + name for name in names]] = dataset.truth.drifted_weights[users]
@@ -209,7 +209,7 @@ def _timeline_frame(
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
     prefixes = Sequences(items, offsets, np.zeros(len(items), np.int64))
     weights = modality_weights(model, prefixes, np.arange(len(owners)), config, owners)
-    frame = pd.DataFrame(weights, columns=_weight_names(dataset, weights.shape[1]))
+    frame = pd.DataFrame(weights, columns=weight_names(dataset, weights.shape[1]))
     frame.insert(0, "user_id", dataset.user_ids[owners])
     frame.insert(1, "step", steps)
     if truth is not None:
@@ -230,6 +230,6 @@ def _longest(histories: Sequences, drift_steps: np.ndarray | None) -> np.ndarray
     return np.concatenate([order[drifts][:TIMELINE_USERS], order[~drifts][:TIMELINE_USERS]])
 
 
-def _weight_names(dataset: Dataset, width: int) -> list[str]:
+def weight_names(dataset: Dataset, width: int) -> list[str]:
     """Names of `width` modality weights: those of the catalogue, then what a model adds itself."""
     return [*dataset.catalogue.modalities, *("behaviour",) * width][:width]

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
-from config import Config, ConfigError, build_config, dataset_name, differences, setting
+from config import Config, ConfigError, build_config, dataset_name, differences, value_of
 from experiments.runs import CONFIG
 from experiments.training import comparable
 from util import UserError, claim, from_first, new_run_folder, rank, write_yaml
@@ -152,7 +152,7 @@ def resumed_request(folder: str, request: Request) -> Request:
     for key in given.keys() - MAY_CHANGE:
         # what was not given then comes from presets, which differ by model, but for these sections
         comes_from_presets = key not in known and key.split(".")[0] not in ("run", "data")
-        before, now = (setting(one.config(), key) for one in (stored, request))
+        before, now = (value_of(one.config(), key) for one in (stored, request))
         if comes_from_presets or before != now:
             shown = "unset" if comes_from_presets else before
             raise UserError(

@@ -104,8 +104,13 @@ class Search:
 
     def _start_with_preset(self) -> None:
         values = {key: getattr(*_owner(self.config, key)) for key in self.space}
-        inside = all(_inside(self.space[key], value) for key, value in values.items())
-        if inside and not self.study.trials:
+        outside = [key for key, value in values.items() if not _inside(self.space[key], value)]
+        if outside:
+            logger.warning(
+                "The preset is no trial: its %s=%s is not in the search space of %s.",
+                outside[0], values[outside[0]], self.model,
+            )  # fmt: skip
+        elif not self.study.trials:
             self.study.enqueue_trial(values, user_attrs={"preset": True})
 
     def _next(self) -> Proposal | str:

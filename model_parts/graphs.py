@@ -343,5 +343,6 @@ def _best_of_blocks(
     # one tensor for all: many small ones between large blocks would leave holes in the heap
     values, columns = torch.empty(n, k), torch.empty(n, k, dtype=torch.long)
     for rows in torch.arange(n).split(size):
-        values[rows], columns[rows] = block(rows).topk(k, dim=1)
+        best = block(rows).topk(k, dim=1)
+        values[rows], columns[rows] = best.values.cpu(), best.indices.cpu()
     return Neighbours(values, columns)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from model_parts.backbone import at_last
 from model_parts.base import Batch, Recommender, TrainingData
 from model_parts.contrastive import (
     RandomPrefixes,
@@ -34,7 +35,7 @@ from model_parts.contrastive import (
 )
 from model_parts.fusion import coherence, nearest_grid_point, simplex_grid
 from model_parts.quantisers import BlendQuantiser
-from our_models.pmat import PMAT
+from our_models.pmat import PMAT, View
 from our_models.tokenizer import item_latents
 
 _ENCODER_WIDTH = 256
@@ -45,18 +46,20 @@ def sample_positive_negative_ids(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Who is pulled to what in the user level, among the targets of the batch.
 
-    profiles [B, p] say which users are alike. Returns rows of the targets [B] (0-based items), the
-    position among them of each user's own next item [B] and of the next item of the most similar
-    other user [B], and which targets are no negatives of a user [B, B]: those in the user's history
-    or equal to one of the two positives.
+    profiles [B, p] say which users are alike: what their weights alpha are made of, so that users
+    with similar alpha are, too. Returns rows of the targets [B] (0-based items), the position among
+    them of each user's own next item [B] and of the next item of the most similar other user [B]
+    (the own one where there is no other), and which targets are no negatives of a user [B, B]:
+    those in the user's history, what else the user engaged, and what equals a positive.
     """
     rows = batch.targets.max(dim=1).values - 1
     own = torch.arange(len(rows), device=rows.device)
     alike = F.normalize(profiles, dim=1) @ F.normalize(profiles, dim=1).T
-    similar = alike.fill_diagonal_(float("-inf")).argmax(1)
+    one_user = batch.users[:, None] == batch.users[None]
+    similar = alike.masked_fill(one_user, float("-inf")).argmax(1).where(~one_user.all(1), own)
     in_history = (batch.items[:, :, None] == rows[None, None] + 1).any(1)
     same = (rows[:, None] == rows[None]) | (rows[similar][:, None] == rows[None])
-    return rows, own, similar, in_history | same
+    return rows, own, similar, in_history | same | one_user
 
 
 class MCRL(Recommender):
@@ -83,6 +86,7 @@ class MCRL(Recommender):
     present: Tensor  # [N, M] bool
     neighbours: Tensor  # [M, N, k] rows
     grid: Tensor  # [G, M]
+    fitted: Tensor
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
         super().__init__()
@@ -97,6 +101,7 @@ class MCRL(Recommender):
         self.register_buffer("counts", torch.ones(n_items))
         self.register_buffer("inputs", torch.zeros(n_items, n_modalities, width))
         self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
+        self.register_buffer("fitted", torch.tensor(-1))  # the epoch whose encoders codes are of
         self.register_buffer("neighbours", torch.zeros(n_modalities, n_items, k).long())
         self.encoders = nn.ModuleList(_encoder(width) for _ in range(n_modalities))
         # the shared sub-space: half of the width, from every modality
@@ -135,8 +140,10 @@ class MCRL(Recommender):
         self._fit_codebooks(generator)
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
-        """Codebooks follow the encoders."""
-        self._fit_codebooks(generator)
+        """Codebooks follow the encoders; not when an epoch is taken up again."""
+        if int(self.fitted) < epoch:
+            self._fit_codebooks(generator)
+            self.fitted.fill_(epoch)
 
     @torch.no_grad()
     def _fit_codebooks(self, generator: torch.Generator) -> None:
@@ -289,7 +296,8 @@ class PMATWithMCRL(PMAT):
         self.mcrl.requires_grad_(False)  # what IDs are made of stays as stage one left it
         # on code vectors the levels have a query and a shared sub-space of their own
         width = config.pmat.width
-        self.asks = nn.Linear(self.context_width, width)
+        self.listens = self.context_network() if self.context is None else None
+        self.asks = nn.Linear(config.pmat.context + self.latents.shape[1], width)
         self.shared = nn.ModuleList(
             nn.Linear(width, width // 2) for _ in range(self.latents.shape[1])
         )
@@ -338,10 +346,11 @@ class PMATWithMCRL(PMAT):
     def _levels(self, batch: Batch) -> dict[str, Tensor]:
         batch = one_prefix_each(batch)
         view = self.view(batch)
-        rows, own, similar, forbidden = sample_positive_negative_ids(batch, view.context)
+        user = self._who_asks(batch, view)
+        rows, own, similar, forbidden = sample_positive_negative_ids(batch, user)
         parts = {}
         if self.mix.user:
-            logits = self._scores(self.asks(view.context), view, rows, learn=True)
+            logits = self._scores(self.asks(user), view, rows, learn=True)
             logits = logits - (self.counts[rows] + 1).log()
             parts["user"] = self.mix.user * self.mcrl.user_level(logits, own, similar, forbidden)
         if self.mix.intra:
@@ -351,8 +360,18 @@ class PMATWithMCRL(PMAT):
             parts["inter"] = self.mix.inter * shared
         return parts
 
+    def _who_asks(self, batch: Batch, view: View) -> Tensor:
+        """q_u of the user level, [B, c]: of the user's own history also in the controls, in which
+        weights look at something else or at nothing."""
+        if self.own.dynamic and self.own.personalised in ("user", "user_item"):
+            return view.context
+        summary = at_last(self.summaries(batch.items), batch.lengths)
+        return self.context_of(summary, self.context if self.listens is None else self.listens)
+
     def pure_vectors(self, rows: Tensor) -> Tensor:
         """ID representations of items under each modality alone, [P, M, d]."""
+        if self.own.fusion == "late":  # a modality has digits of its own
+            return self.every_personal_vector(rows).transpose(0, 1)
         return torch.stack(
             [self.personal_vectors(g.expand(len(rows)), rows) for g in self.corners], 1
         )

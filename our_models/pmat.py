@@ -67,6 +67,7 @@ class PMAT(PersonalTokenizer):
         "late weights on fixed digits": {"pmat.fusion": "late"},
         "user vector as prefix": {"pmat.personalised": "none", "pmat.prefix": True},
         "no shared digits": {"pmat.shared_digits": 0, "pmat.personal_digits": 32},
+        "16 shared digits": {"pmat.shared_digits": 16, "pmat.personal_digits": 16},
         "weights never updated": {"pmat.dynamic": False},
         "no consistency": {"pmat.consistency": 0.0},
         "random code vectors at first": {"pmat.start_from_codewords": False},
@@ -75,7 +76,7 @@ class PMAT(PersonalTokenizer):
     search_space = {
         "train.lr": (3e-4, 3e-3, "log"),
         "pmat.dropout": (0.2, 0.6),
-        "pmat.shared_digits": [8, 16, 24],
+        "pmat.shared_digits": [8, 16, 32],
         "pmat.personal_digits": [8, 16, 32],
         "pmat.beta": [0.0, 0.25, 0.5, 1.0],
         "pmat.sharpness": (1.0, 16.0, "log"),
@@ -112,8 +113,7 @@ class PMAT(PersonalTokenizer):
         self.attention.start_from_coherence(own.sharpness)
         learns = level.startswith("user") or own.prefix
         self.context_width = own.context + n_modalities if learns else 1
-        context = nn.Linear(summary, own.context), nn.GELU(), nn.Dropout(own.dropout)
-        self.context = nn.Sequential(*context) if learns else None
+        self.context = self.context_network() if learns else None
         self.prefix = nn.Linear(self.context_width, own.width, bias=False) if own.prefix else None
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
@@ -174,26 +174,39 @@ class PMAT(PersonalTokenizer):
         elif not self.own.dynamic:  # what the first items said holds for ever
             steps = torch.arange(T, device=summaries.device)
             summaries = summaries[:, steps.clamp(max=self.own.warm_items - 1)]
-        return self.context_of(F.pad(summaries, (0, 0, 1, 0)))
+        return self.context_of(F.pad(summaries, (0, 0, 1, 0)), self.context)
 
-    def context_of(self, summaries: Tensor) -> Tensor:
+    def context_network(self) -> nn.Module:
+        """What makes contexts of summaries."""
+        network = nn.Linear(self.strangers.shape[1], self.own.context), nn.GELU()
+        return nn.Sequential(*network, nn.Dropout(self.own.dropout))
+
+    def context_of(self, summaries: Tensor, network: nn.Module | None) -> Tensor:
         """q_u of summaries [..., summary]: [..., c]; one zero where nothing depends on it."""
-        if self.context is None:
+        if network is None:
             return summaries.new_zeros(*summaries.shape[:-1], 1)
-        return torch.cat([self.context(summaries), summaries[..., -len(self.corners) :]], dim=-1)
+        return torch.cat([network(summaries), summaries[..., -len(self.corners) :]], dim=-1)
 
     def pair_points(self, view: View, rows: Tensor) -> Tensor:
         """Blend under which each of P users sees one item, [P]."""
         if self.own.personalised == "random":
-            return random_grid_points(view.users, rows, self.law)
+            return nearest_grid_point(self.random_weights(view.users, rows), self.grid)
         weights = self.attention.pairs(view.context, self.traits[rows], self.present[rows])
         return nearest_grid_point(weights, self.grid)
+
+    def random_weights(self, users: Tensor, rows: Tensor) -> Tensor:
+        """alpha of the control, of users and items that broadcast, [M, ...]: a blend drawn by the
+        law. As with learned weights a modality that the item lacks gets nothing; where the others
+        have nothing either, they share evenly."""
+        present = self.present[rows].float()
+        known = self.grid[random_grid_points(users, rows, self.law)] * present  # [..., M]
+        known = torch.where(known.sum(-1, keepdim=True) > 0, known, present.expand_as(known))
+        return (known / known.sum(-1, keepdim=True).clamp(min=1e-6)).movedim(-1, 0)
 
     def modality_weights(self, view: View, rows: Tensor) -> Tensor:
         """alpha of each of B users for each of S items, [M, B, S]."""
         if self.own.personalised == "random":
-            points = random_grid_points(view.users[:, None], rows[None], self.law)
-            return self.grid[points].permute(2, 0, 1)
+            return self.random_weights(view.users[:, None], rows[None])
         return self.attention(view.context, self.traits[rows], self.present[rows])
 
     # ----------------------------------------------------------------- vectors
@@ -342,7 +355,8 @@ class PMAT(PersonalTokenizer):
         if self.own.fusion == "late":
             return scores + (blend_weights_of(sides, item_sides).transpose(0, 1) * products).sum(1)
         if self.own.personalised == "random":
-            points = random_grid_points(users[:, None], rows[None], self.law)
+            drawn = self.random_weights(users[:, None], rows[None])
+            points = nearest_grid_point(drawn, self.grid)
             return scores + products.gather(1, points[:, None])[:, 0]
         weights = blend_weights_of(sides, item_sides)  # [M, P, S]
         points = nearest_grid_point(weights.detach(), self.grid)  # [P, S]
@@ -355,7 +369,10 @@ class PMAT(PersonalTokenizer):
 
     def _digit_loss(self, states: Tensor, view: View, targets: Tensor) -> Tensor:
         """Mean over digits of -log softmax(<h_u, E_l>)[code of the target], as in RPG."""
-        codes = self.ids(self.pair_points(view, targets), targets)  # [B, L]
+        if self.own.fusion == "late":
+            codes = self.late_ids()[targets]
+        else:
+            codes = self.ids(self.pair_points(view, targets), targets)  # [B, L]
         B, digits = codes.shape
         tokens = self.tokens.weight[: digits * self.own.codes]
         logits = (states @ tokens.T).view(B * digits, self.own.codes)
@@ -399,20 +416,26 @@ class PMAT(PersonalTokenizer):
         """
         rows = torch.arange(len(self.counts), device=self.counts.device)
         if self.own.fusion == "late":
-            codes = torch.cat([self.shared_codes, *self.atlas[self.corners]], dim=1)
+            codes = self.late_ids()
             return codes if batch is None else codes.expand(len(batch.users), -1, -1)
         if batch is None:
             return self.ids(torch.zeros_like(rows), rows)
         points = nearest_grid_point(self.modality_weights(self.view(batch), rows), self.grid)
         return torch.stack([self.ids(p, rows) for p in points])
 
+    def late_ids(self) -> Tensor:
+        """With late weights: shared digits, then those of each modality alone, [N, L]."""
+        return torch.cat([self.shared_codes, *self.atlas[self.corners]], dim=1)
+
     @torch.no_grad()
     def blend_law(self) -> Tensor:
-        """Share of each blend among random users and items of train, [G]: what `pmat.law` wants."""
-        rows = torch.arange(len(self.counts), device=self.counts.device)[
-            :: len(self.counts) // 500 + 1
-        ]
-        view = View(self.context_of(self.strangers), torch.arange(_STRANGERS, device=rows.device))
+        """Share of each blend among random users and items that lack no modality (all items where
+        there are none), [G]: what `pmat.law` wants."""
+        whole = self.present.all(1)
+        rows = torch.nonzero(whole if whole.any() else ~whole)[:, 0]
+        rows = rows[:: len(rows) // 500 + 1]
+        contexts = self.context_of(self.strangers, self.context)
+        view = View(contexts, torch.arange(_STRANGERS, device=rows.device))
         points = nearest_grid_point(self.modality_weights(view, rows), self.grid)
         return torch.bincount(points.flatten(), minlength=len(self.grid)) / points.numel()
 

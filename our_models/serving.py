@@ -26,6 +26,7 @@ from model_parts.drift import (
     blend_weights,
     detect_drift,
     digits_with_hysteresis,
+    topic_drift,
 )
 from model_parts.fusion import blend_weights_of, nearest_grid_point
 from our_models.pmat import PMAT, View
@@ -70,6 +71,8 @@ class Server:
         margin: how much higher the blended score of a new code must be, times sqrt(L): a sub-vector
             is 1 / sqrt(L) long, and a margin should not depend on the number of digits.
         permutations, seed: random orders of the test.
+        by: what is tested: the modality that matters to the user (`coherence`), or the topics, the
+            first digits of the history (`topics`).
     """
 
     def __init__(
@@ -83,12 +86,15 @@ class Server:
         margin: float = 0.05,
         permutations: int = 200,
         seed: int = 0,
+        by: str = "coherence",
     ) -> None:
         if not isinstance(model, PMAT):
             raise TypeError(f"a server needs a PMAT, not a {type(model).__name__}")
         if model.own.fusion != "early":
             raise ValueError("with late weights codes do not depend on users: nothing to keep")
-        self.model = model.eval()
+        if by not in ("coherence", "topics"):
+            raise ValueError(f"by is {by!r}; it must be coherence or topics")
+        self.model, self.by = model.eval(), by
         self.histories = histories
         self.p_value, self.growth, self.threshold = p_value, growth, threshold
         self.rate, self.margin, self.permutations = rate, margin, permutations
@@ -216,8 +222,12 @@ class Server:
     def _detect(self, state: _State) -> Drift:
         start = max(state.start, len(state.history) - self.window)  # bounds the cost
         rows = self.rows.new_tensor(state.history[start:]) - 1
-        known = self.model.traits[rows], self.model.present[rows]
-        drift = detect_drift(*known, self.generator, self.permutations)
+        if self.by == "topics":
+            topics = self.model.item_ids()[rows, 0]
+            drift = topic_drift(topics, self.model.n_codes, self.generator, self.permutations)
+        else:
+            known = self.model.traits[rows], self.model.present[rows]
+            drift = detect_drift(*known, self.generator, self.permutations)
         return drift._replace(cut=start + drift.cut)
 
     def _move(self, user: int, state: _State) -> None:

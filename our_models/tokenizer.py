@@ -46,6 +46,11 @@ class PersonalTokenizer(Recommender):
         self.n_codes = own.codes
         n_items = config.n_items(catalogue)
         n_modalities = config.n_modalities(catalogue) + own.with_behaviour
+        if own.shared_digits > n_modalities * own.latent:
+            raise ValueError(
+                f"pmat.shared_digits={own.shared_digits} is more than the {n_modalities} x "
+                f"{own.latent} numbers they cut up (modalities x pmat.latent)"
+            )
         grid = simplex_grid(n_modalities, own.grid)
         if own.personalised == "none":  # even, though thirds are no multiples of a half
             grid[0] = 1 / n_modalities
@@ -79,7 +84,8 @@ class PersonalTokenizer(Recommender):
 
     def learn_latents(self, data: TrainingData, generator: torch.Generator) -> None:
         """Fill `latents` and `present`. Raises ValueError without features."""
-        latents, present = item_latents(data, self.counts > 0, self.own, generator)
+        in_train = (self.counts > 0).cpu()  # features are made where they were read
+        latents, present = item_latents(data, in_train, self.own, generator)
         self.latents.copy_(latents)
         self.present.copy_(present)
 

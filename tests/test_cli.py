@@ -185,6 +185,44 @@ def test_resuming_a_baseline_keeps_what_is_finished(baseline, tmp_path, monkeypa
     assert runs.MODELS["sasrec"] == original
 
 
+def half_done(arguments: list[str], tmp_path: Path, monkeypatch) -> Path:
+    """The folder of a baseline of popularity and sasrec in which sasrec is still to be trained."""
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Trainer, "fit", broken_for("sasrec", runs.Trainer.fit))
+        assert main([*arguments, "--model", "popularity,sasrec"]) == 1
+    (folder,) = run_folders(tmp_path)
+    return folder
+
+
+def test_resuming_refuses_runs_that_were_finished_with_other_settings(
+    baseline, tmp_path, monkeypatch, capsys
+):
+    folder = half_done(baseline, tmp_path, monkeypatch)
+    stored = folder / "popularity_seed42" / "config.yaml"  # as after an edit of config.py
+    stored.write_text(stored.read_text().replace("mask_seen: true", "mask_seen: false"))
+    assert main(["--resume", str(folder), f"--log_dir={tmp_path / 'log'}"]) == 2
+    assert "train.mask_seen=False, not True" in capsys.readouterr().err
+
+
+def test_resuming_takes_flags_that_say_the_same(baseline, tmp_path, monkeypatch, capsys):
+    folder = half_done(baseline, tmp_path, monkeypatch)
+    again = ["--resume", str(folder), f"--log_dir={tmp_path / 'log'}"]
+    assert main([*again, "--seeds", "2"]) == 2
+    assert "run.seeds=1, not 2" in capsys.readouterr().err
+    assert main([*again, "--set", "train.lr=0.3"]) == 2
+    assert "not 0.3" in capsys.readouterr().err
+    assert main([*again, "--dataset", "mock", "--set", "train.epochs=1", "--seed", "42"]) == 0
+
+
+def test_runs_of_two_protocols_make_no_table(baseline, tmp_path, capsys):
+    assert main([*baseline, "--model", "popularity", "--seeds", "2"]) == 0
+    (folder,) = run_folders(tmp_path)
+    stored = folder / "popularity_seed43" / "metrics.json"
+    stored.write_text(stored.read_text().replace('"mask_seen": true', '"mask_seen": false'))
+    assert main(["--mode", "report", "--from", str(folder), f"--log_dir={tmp_path / 'log'}"]) == 2
+    assert "differ in mask_seen" in capsys.readouterr().err
+
+
 def broken_for(name: str, fit):
     def broken(trainer):
         if trainer.model.name == name:
@@ -229,6 +267,9 @@ def refused(arguments: list[str], tmp_path: Path, capsys) -> str:
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--resume", "nowhere"], "no run folder"),
         (["stray"], "'stray'"),
+        (["--mode", "mcrl", "--model", "sasrec"], "compares pmat and pmat_mcrl, not sasrec"),
+        (["--model", "pmat", "--set", "pmat.law=1,a"], "pmat.law wants"),
+        (["--model", "pmat", "--set", "pmat.shared_digits=300"], "pmat.shared_digits=300 is more"),
         (["--dataset", "nowhere"], "'nowhere' was not found"),
         (["--set", "mock.n_items=20", "--set", "mock.history_min=11"], "twice history_min"),
     ],
@@ -250,6 +291,30 @@ def test_a_misspelt_model_in_baseline_stops_before_anything_runs(baseline, tmp_p
 def own_data(tmp_path, write_folder, **features) -> Path:
     histories = {f"u{u}": [f"i{(u + t) % 9}" for t in range(4)] for u in range(9)}
     return write_folder(tmp_path / "own", histories, **features)
+
+
+def test_times_under_another_name_are_one_line(quick, tmp_path, capsys, write_folder):
+    folder = own_data(tmp_path, write_folder)
+    table = folder / "interactions.csv"
+    rows = table.read_text(encoding="utf-8")
+    table.write_text(rows.replace("timestamp", "Time_Stamp"), encoding="utf-8")
+    assert "'Time_Stamp' looks like times" in refused(
+        [*quick, "--dataset", str(folder)], tmp_path, capsys
+    )
+
+
+def test_tables_say_when_there_are_no_times(quick, tmp_path, capsys, write_folder):
+    folder = own_data(tmp_path, write_folder)
+    arguments = [*quick, "--model", "popularity", "--dataset", str(folder)]
+    assert main(arguments) == 0
+    assert "time-ordered leave-one-out" in capsys.readouterr().out
+    table = pd.read_csv(folder / "interactions.csv").drop(columns="timestamp")
+    table.to_csv(folder / "interactions.csv", index=False)
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "leave-one-out in the order of the file" in captured.out
+    assert "time" not in captured.out.split("\n")[0].split("leave-one-out")[1]
+    assert "There are no time stamps" in captured.out + captured.err
 
 
 def test_an_unreadable_table_is_one_line(quick, tmp_path, capsys, write_folder):

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from config import Config, build_config, keys, read_yaml, to_dict
+from config import Config, build_config, keys, read_yaml, to_dict, value_of
 from data_utils import (
     history_batch,
     leave_one_out,
@@ -23,6 +23,7 @@ from data_utils import (
     train_batch,
     train_examples,
 )
+from experiments import search
 from experiments.runs import BEST, MODELS, RANKS, Task, model_class, run
 from experiments.training import Trainer
 from model_parts.base import Batch, Recommender, TrainingData, count_parameters
@@ -127,6 +128,14 @@ def test_the_stored_config_builds_the_same_model(name, tiny, task, tmp_path):
         for c in (config, again)
     ]
     assert shapes[0] == shapes[1]
+
+
+@every_model
+@pytest.mark.parametrize("dataset", ["mock", "beauty"])
+def test_searches_start_with_the_preset(name, dataset):
+    space = model_class(name).search_space
+    config = build_config({"data.dataset": dataset, "run.mode": "hyper", "run.model": name})
+    assert all(search._inside(entry, value_of(config, key)) for key, entry in space.items())
 
 
 @every_model

@@ -106,6 +106,31 @@ def test_lambdas_scale_the_two_halves(made, task) -> None:
     assert not LEVELS & set(alone.loss(examples(alone, task)))
 
 
+@pytest.mark.parametrize("level", ["none", "item", "random", "permuted"])
+def test_the_user_level_knows_its_users_whatever_weights_look_at(made, task, level: str) -> None:
+    model = made("pmat_mcrl", {"pmat.personalised": level}).eval()
+    batch = one_prefix_each(examples(model, task))
+    asking = model._who_asks(batch, model.view(batch))
+    assert len(asking.unique(dim=0)) > 1
+    longer = model._who_asks(batch._replace(users=batch.users.flip(0)), model.view(batch))
+    assert torch.equal(asking, longer), "the history alone decides"
+    parts = model.train().loss(examples(model, task))
+    parts["user"].backward()
+    network = model.context if model.listens is None else model.listens
+    assert all(bool(p.grad.any()) for p in network.parameters())
+
+
+def test_with_late_weights_every_digit_of_a_modality_learns_from_mcrl(made, task) -> None:
+    model = made("pmat_mcrl", {"pmat.fusion": "late"})
+    rows = torch.arange(50)
+    vectors = model.pure_vectors(rows)  # [P, M, d]
+    for m in range(vectors.shape[1]):
+        codes = model.atlas[model.corners[m], rows]
+        first = model.own.shared_digits + m * codes.shape[1]
+        tokens = codes + model.own.codes * (first + torch.arange(codes.shape[1]))
+        torch.testing.assert_close(vectors[:, m], model.tokens(tokens).sum(1))
+
+
 # ---- pairs -------------------------------------------------------------------------------------
 
 
@@ -120,6 +145,15 @@ def test_positives_and_forbidden_negatives_by_hand() -> None:
     assert similar.tolist() == [2, 2, 0]
     # user 0 has had item 1; user 2 has had item 3; own and similar items are no negatives
     assert forbidden.tolist() == [[True, True, True], [False, True, True], [True, False, True]]
+    # another example of the same user is neither a similar user nor a negative
+    twice = batch._replace(users=torch.tensor([0, 1, 0]))
+    _, _, similar, forbidden = sample_positive_negative_ids(twice, profiles)
+    assert similar.tolist() == [1, 2, 1]
+    assert bool(forbidden[0, 2]) and bool(forbidden[2, 0])
+    _, _, similar, _ = sample_positive_negative_ids(
+        batch._replace(users=torch.zeros(3, dtype=torch.long)), profiles
+    )
+    assert similar.tolist() == [0, 1, 2]
 
 
 def test_one_prefix_each_keeps_a_history_and_its_next_item() -> None:

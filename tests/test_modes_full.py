@@ -60,7 +60,8 @@ def finished(tmp_path_factory, small_flags, make_outputs_fast) -> Path:
         for name in ("pmat", "pmat_mcrl"):
             patch.setattr(model_class(name), "ablations", ABLATION)
         arguments = ["--mode", "full", "--model", ",".join(MODELS), "--trials", "2", "--epochs",
-                     "1", *folders, *small_flags, "--set", "full.sizes=50,60"]  # fmt: skip
+                     "1", *folders, *small_flags, "--set", "full.sizes=50,60",
+                     "--set", "pmat.with_behaviour=true"]  # fmt: skip
         assert main(arguments) == 0
     (folder,) = (path for path in (place / "save").iterdir() if path.is_dir())
     return folder

@@ -79,7 +79,8 @@ def assert_well_formed(text: str) -> None:
     body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
     rows = [line for line in body.splitlines() if line.endswith(r"\\")]
     counts = {len(re.findall(r"(?<!\\)&", row)) for row in rows}
-    width = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", text)[1])
+    shapes = re.search(r"\\begin\{tabular\}\{(.+)\}", text)[1]
+    width = len(re.sub(r"p\{\w+\}", "p", shapes))
     assert counts == {width - 1}
     assert not re.search(r"(?<!\\)[%#_]", text.replace("{%\n", "{\n")), "unescaped"
 
@@ -89,6 +90,11 @@ def test_latex_is_well_formed(table):
     wide = table._replace(columns=[table.columns[0]] + [table.columns[1]] * 12)
     assert_well_formed(latex(wide))
     assert r"\resizebox" in latex(wide)
+    long = table._replace(
+        frame=table.frame.assign(model="a name of more than forty characters it is")
+    )
+    assert_well_formed(latex(long))
+    assert r"\begin{tabular}{p{" in latex(long)
 
 
 # --------------------------------------------------------------------------- baseline
@@ -228,6 +234,9 @@ def test_report_rebuilds_the_same_tables_without_training(
     assert main(["--mode", "report", f"--log_dir={tmp_path}"]) == 2
     assert "--from" in capsys.readouterr().err
     assert main([*arguments[:2], "--from", str(tmp_path), f"--log_dir={tmp_path}"]) == 2
+    capsys.readouterr()
+    assert main([*arguments, "--model", "pmat"]) == 2
+    assert "run.model is of a run that trains" in capsys.readouterr().err
 
 
 def test_report_refuses_other_data(baseline_folder, tmp_path, capsys):

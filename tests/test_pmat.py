@@ -230,6 +230,10 @@ def test_law_of_the_random_control_is_kept(made, task) -> None:
     text = ",".join(map(str, law))
     model = made({"pmat.personalised": "random", "pmat.law": text})
     assert torch.allclose(model.blend_law(), torch.tensor(law), atol=0.01)
+    view = model.view(histories(task))
+    weights = model.modality_weights(view, torch.arange(50))  # [M, B, S]
+    torch.testing.assert_close(weights.sum(0), torch.ones(weights.shape[1:]))
+    assert not weights.permute(2, 0, 1)[~model.present].any()  # as with learned weights
     with pytest.raises(ValueError, match="5 numbers"):
         made({"pmat.law": "0.5,0.5"})
 

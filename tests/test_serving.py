@@ -13,6 +13,7 @@ from config import Config
 from experiments.runs import Task
 from model_parts.base import Batch, TrainingData
 from model_parts.drift import NO_DRIFT
+from our_models.mcrl import MCRL
 from our_models.pmat import PMAT
 from our_models.serving import Server
 from util import seed_everything
@@ -241,3 +242,34 @@ def test_late_weights_are_refused(tiny: Callable[..., Config], task: Task) -> No
     model = PMAT(tiny("pmat", {"pmat.fusion": "late"}), task.dataset.catalogue)
     with pytest.raises(ValueError, match="late"):
         Server(model, task.split.train)
+
+
+def test_users_and_items_are_whole_numbers(serve) -> None:
+    server = serve()
+    with pytest.raises(TypeError):
+        server.recommend("u1", 3)
+    with pytest.raises(TypeError):
+        server.update(0, [2.7])
+    with pytest.raises(ValueError, match="from 0"):
+        server.item_ids(-1)
+
+
+def test_only_pmat_is_served(tiny, task) -> None:
+    model = MCRL(tiny("mcrl"), task.dataset.catalogue)
+    with pytest.raises(TypeError, match="not a MCRL"):
+        Server(model, task.split.train)
+
+
+def test_drift_of_topics_is_a_choice(serve, task) -> None:
+    model = serve().model
+    first = model.item_ids()[:, 0]
+    common = first.bincount().argsort(descending=True)[:2]
+    old, new = (torch.nonzero(first == topic)[:, 0] + 1 for topic in common)
+    history = [int(old[i % len(old)]) for i in range(10)]
+    later = [int(new[i % len(new)]) for i in range(5)]
+    nobody = task.split.train.n_users  # starts with nothing
+    server = Server(model, task.split.train, by="topics")
+    server.update(nobody, history)
+    assert server.update(nobody, later).p_value < 0.05
+    with pytest.raises(ValueError, match="coherence or topics"):
+        Server(model, task.split.train, by="mood")

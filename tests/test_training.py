@@ -233,7 +233,7 @@ def test_a_run_stopped_twice_goes_on_too(tiny, task, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mmq", "pctx"])
+@pytest.mark.parametrize("name", ["mmq", "pctx", "mcrl"])
 def test_ids_that_change_in_training_or_vary_in_number_go_on_too(
     name, tiny, task, tmp_path, monkeypatch
 ):
