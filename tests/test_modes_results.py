@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import runs
+from experiments import plots_ids, runs
 from experiments.groups import user_groups
 from experiments.personal import IDS, TIMELINE, WEIGHTS, extreme_users, modality_weights
 from experiments.report import entries, read_runs
@@ -391,3 +391,16 @@ def test_an_ablation_that_crashes_is_left_out(
     table = pd.read_csv(newest(tmp_path) / "ablation_results.csv")
     assert set(table["variant"]) == {"full model", "no shared digits"}
     assert (newest(tmp_path) / "unfinished").exists()
+
+
+def test_dollar_signs_of_the_data_begin_no_formula(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots_ids, "_tsne", lambda digits, seed: np.ones((len(digits), 2)))
+    items = [f"i{n}$_$" for n in range(8)]
+    rows = [
+        {"user_id": user, "item_id": item, "digits": f"{n} {len(user)}"}
+        for user in ("", "$u$_$", "v$")
+        for n, item in enumerate(items)
+    ]
+    categories = dict.fromkeys(items, "under $10_$")
+    plots_ids.id_space(pd.DataFrame(rows), categories, tmp_path / "space")
+    assert (tmp_path / "space.png").stat().st_size > 0
