@@ -38,6 +38,7 @@ class CoFiRec(Seq2SeqRecommender):
 
     name = "cofirec"
     ablations = {
+        "digits among all codes": {"cofirec.among": "all"},
         "no collaborative token": {"cofirec.collaborative": False},
         "fine to coarse": {"cofirec.order": "fine"},
         "plain loss": {"cofirec.temperature": 1.0},

@@ -11,8 +11,8 @@ co-occurrence vectors (factorised PMI, which word2vec approximates) instead of t
 and playlists; positives are the top 10 partners of an item by normalised co-occurrence, negatives
 are random items met no more often than by chance; distances are over sqrt(2 n d), without which
 vectors of unit variance stand 36 apart where 1 is wanted (`literal_distance` gives the printed
-form); a fixed number of steps; size of the generator; beams only go on to IDs that exist; items
-that share an ID rank by popularity in train.
+form); a fixed number of steps; size of the generator; digits and beams as in tiger.py; items that
+share an ID share its probability by their counts in train.
 Checked against: no number for Amazon data exists. In the paper (playlists) the regulariser takes
 colliding items from 6.23 % to 0 and MRR from 7.54 to 9.58 %: the same direction is expected here.
 """
@@ -194,7 +194,8 @@ class FusID(DecoderRecommender):
     """Fused semantic IDs, and a GPT-2 that writes them."""
 
     name = "fusid"
-    ablations = {"no regulariser": {"fusid.alpha": 0.0}}
+    ablations = {
+        "digits among all codes": {"fusid.among": "all"},"no regulariser": {"fusid.alpha": 0.0}}
     search_space = {
         "train.lr": (3e-4, 3e-3, "log"),
         "fusid.alpha": [0.1, 0.2, 0.5],

@@ -46,6 +46,7 @@ class LETTER(Seq2SeqRecommender):
 
     name = "letter"
     ablations = {
+        "digits among all codes": {"letter.among": "all"},
         "no collaborative alignment": {"letter.alpha": 0.0},
         "no diversity": {"letter.beta": 0.0},
         "plain loss": {"letter.temperature": 1.0},

@@ -10,10 +10,11 @@ context leads to, in histories and targets; T5; an item's score is the sum over 
 random readings of a history vote at test.
 Differs: contexts of a history come from one pass over its newest items, not from a window each; the
 rarest ID is merged first and counts are renewed each time; the fourth digit is given after merging;
-features are all modalities; beams only go on to IDs that exist and votes are counted by item (the
-official code lets an item appear twice and counts beams that are no item); the number of votes is
-that of beams, not ten; random readings repeat for equal histories, so that scores do; dropout is
-the same everywhere in the context encoder and training is by steps; no end token.
+features are all modalities; digits as in tiger.py; beams only go on to IDs that exist and votes are
+counted by item (the official code lets an item appear twice and counts beams that are no item); the
+number of votes is that of beams, not ten; random readings repeat for equal histories, so that
+scores do; dropout is the same everywhere in the context encoder and training is by steps; no end
+token.
 Checked against: no number for Beauty 2014 by the authors (a re-run has R@10 .0737 / N@10 .0405,
 masked, 30 beams); the published gain over TIGER is 9 to 16 % N@10 on Amazon 2023, so compare with
 TIGER of this project. Random IDs instead of those of the context cost the authors 3 to 5 %.
@@ -194,6 +195,7 @@ class Pctx(Seq2SeqRecommender):
 
     name = "pctx"
     ablations = {
+        "digits among all codes": {"pctx.among": "all"},
         "one ID": {"pctx.start": 1, "pctx.step": 0},
         "no merging": {"pctx.rare": 0.0},
         "random IDs": {"pctx.replace": 1.0},

@@ -9,11 +9,12 @@ k-means instead of the paper's RQ-VAE (`tokenizer=rqvae`), which reached more in
 control. Size at the paper's setting: 4,590,976 parameters (derived; the paper says about 13 M for
 the same sizes, which nobody could reproduce).
 Differs: beams only continue to IDs that exist (GRID found .0597 constrained, .0609 free); a digit
-is predicted among its own codes and no end token is written, since all IDs are equally long; no
-user token by default (`user_tokens=2000` as in the paper; GRID found none to be best); the RQ-VAE
-is trained for a number of steps on standardised components with AdamW, codes that die are revived
-(with the paper's Adagrad on raw unit vectors it collapsed in re-runs); items without features get
-random codes.
+is predicted among its own codes, in the presets among those with which an ID that exists can go on
+(`among`, model_parts/generative.py), and no end token is written, since all IDs are equally long;
+no user token by default (`user_tokens=2000` as in the paper; GRID found none to be best); the
+RQ-VAE is trained for a number of steps on standardised components with AdamW, codes that die are
+revived (with the paper's Adagrad on raw unit vectors it collapsed in re-runs); items without
+features get random codes.
 Checked against: Beauty R@10 .0648 / N@10 .0384 (paper), .0698 / .0385 (RecBoard, residual k-means);
 seen items not masked.
 """
@@ -38,6 +39,7 @@ class TIGER(Seq2SeqRecommender):
 
     name = "tiger"
     ablations = {
+        "digits among all codes": {"tiger.among": "all"},
         "random codes": {"tiger.tokenizer": "random"},
         "RQ-VAE codes": {"tiger.tokenizer": "rqvae"},
         "user tokens": {"tiger.user_tokens": 2000},
