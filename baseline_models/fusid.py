@@ -195,7 +195,9 @@ class FusID(DecoderRecommender):
 
     name = "fusid"
     ablations = {
-        "digits among all codes": {"fusid.among": "all"},"no regulariser": {"fusid.alpha": 0.0}}
+        "digits among all codes": {"fusid.among": "all"},
+        "no regulariser": {"fusid.alpha": 0.0},
+    }
     search_space = {
         "train.lr": (3e-4, 3e-3, "log"),
         "fusid.alpha": [0.1, 0.2, 0.5],
