@@ -103,7 +103,8 @@ def test_without_timestamps_the_file_order_counts(tmp_path: Path) -> None:
     (folder / "interactions.csv").write_text(text, encoding="utf-8")
     data = read(folder)
     assert data.sequences.of(0).tolist() == [3, 1, 3]  # a repeat is one more step
-    assert data.sequences.timestamps.tolist() == [0, 1, 2, 0]
+    assert data.sequences.timestamps.tolist() == [-3, -2, -1, -1]
+    assert not data.sequences.timed
 
 
 def test_files_of_other_editors_read_the_same(tmp_path: Path) -> None:
