@@ -15,7 +15,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config
+from config import value_of
 from experiments.requests import Request
 from experiments.runs import Task, model_class, train
 from experiments.training import BEST, LATEST, Stopped
@@ -103,7 +103,7 @@ class Search:
                 return
 
     def _start_with_preset(self) -> None:
-        values = {key: getattr(*_owner(self.config, key)) for key in self.space}
+        values = {key: value_of(self.config, key) for key in self.space}
         outside = [key for key, value in values.items() if not _inside(self.space[key], value)]
         if outside:
             logger.warning(
@@ -230,11 +230,6 @@ def without_test(task: Task) -> Task:
     split = task.split
     dataset = task.dataset._replace(sequences=split.train_and_valid, labels=None)
     return Task(dataset, split._replace(train_and_valid=split.train, test=split.valid))
-
-
-def _owner(config: Config, key: str) -> tuple[Any, str]:
-    section, leaf = key.split(".")
-    return getattr(config, section), leaf
 
 
 def _inside(space: Any, value: Any) -> bool:

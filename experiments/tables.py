@@ -11,9 +11,7 @@ import pandas as pd
 
 from util import atomic_path
 
-WIDE = (
-    9  # a LaTeX table with more columns is shrunk to the line, one with a ± in a cell counts twice
-)
+WIDE = 9  # a LaTeX table with more columns is shrunk to the line; a column with ± counts twice
 LONG = 40  # characters; a column with longer text gets lines of its own width
 
 
