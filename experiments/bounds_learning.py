@@ -172,11 +172,16 @@ def inertness(latents: Array, one: Array, other: Array) -> tuple[Check, Check]:
 def confined(gradient: Array, projection: Array, direction: Array) -> Check:
     """|<g, v>| <= |g| |P v|, P onto the rows of the shared projection: where level 3 can hurt.
 
-    gradients [B, d] of level 3 for latents, projection [d / 2, d], directions [B, d].
+    gradients [B, d] of level 3 for latents, projection [d / 2, d], directions [B, d]. All are taken
+    at unit length; anchors without a gradient are left out. The bound is sharp for v = g, which a
+    gradient with any part off the rows violates, so that direction is checked as well.
     """
     basis = np.linalg.svd(projection, full_matrices=False)[2]
-    length = np.linalg.norm(gradient, axis=1)
-    bound = length * np.linalg.norm(direction @ basis.T, axis=1)
-    measured = np.abs((gradient * direction).sum(1))
-    trivial = length * np.linalg.norm(direction, axis=1)
-    return Check("pull of the inter-modal level", bound, measured, trivial)
+    pulled = np.linalg.norm(gradient, axis=1) > 0
+    gradient, direction = (
+        x / np.linalg.norm(x, axis=1, keepdims=True) for x in (gradient[pulled], direction[pulled])
+    )
+    direction = np.concatenate([direction, gradient])
+    bound = np.linalg.norm(direction @ basis.T, axis=1)
+    measured = np.abs((np.tile(gradient, (2, 1)) * direction).sum(1))
+    return Check("pull of the inter-modal level", bound, measured, 1.0)

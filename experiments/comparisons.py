@@ -17,7 +17,8 @@ from metrics import effect_size, holm, mean_std, paired_bootstrap
 
 SIGNIFICANT = 0.05
 USERS_ONLY = "by a paired bootstrap over users, which leaves out how training runs differ"
-FEWEST = 20  # users of a group that is compared
+FEWEST = 20  # users on whom models are compared
+COMPARED = ("difference", "low", "high", "p", "effect size")
 INFORMED = "valid item in graph"  # column: whether a row is such a second line
 
 # --------------------------------------------------------------------------- models
@@ -118,26 +119,34 @@ def _against(found: list[Entry], best: Entry) -> pd.DataFrame:
     rows = []
     for entry in found:
         if entry.model != best.model:
-            ours = entry.users()
-            compared = paired_bootstrap(ours, theirs)
-            rows.append(
-                {
-                    "model": entry.model,
-                    "compared with": best.model,
-                    "ndcg@10 difference": compared.difference,
-                    "low": compared.low,
-                    "high": compared.high,
-                    "p": compared.p_value,
-                    "effect size": effect_size(ours, theirs),
-                }
-            )
-    names = ["model", "compared with", "ndcg@10 difference", "low", "high", "p", "effect size"]
-    frame = pd.DataFrame(rows, columns=names)
-    frame["p (Holm)"] = holm(frame["p"].to_numpy(float)) if len(frame) else []
+            row = {"model": entry.model, "compared with": best.model}
+            rows.append(row | compared(entry.users(), theirs))
+    frame = pd.DataFrame(rows, columns=["model", "compared with", *COMPARED])
+    frame = with_holm(frame).rename(columns={"difference": "ndcg@10 difference"})
     frame["ndcg@10 mark"] = [
-        ("" if p >= SIGNIFICANT else "*" if difference > 0 else "†")
+        ("" if not p < SIGNIFICANT else "*" if difference > 0 else "†")
         for p, difference in zip(frame["p (Holm)"], frame["ndcg@10 difference"], strict=True)
     ]
+    return frame
+
+
+def compared(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """`COMPARED` of two models on the same users [E]; nothing of fewer than `FEWEST` users, on
+    whom no interval can be relied."""
+    if len(ours) < FEWEST:
+        return {}
+    found = paired_bootstrap(ours, theirs)
+    values = (found.difference, found.low, found.high, found.p_value, effect_size(ours, theirs))
+    return dict(zip(COMPARED, values, strict=True))
+
+
+def with_holm(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with all `COMPARED` columns and Holm's p over the rows that were compared."""
+    missing = [name for name in COMPARED if name not in frame]
+    frame = frame.assign(**dict.fromkeys([*missing, "p (Holm)"], np.nan))
+    tested = frame["p"].notna()
+    if tested.any():
+        frame.loc[tested, "p (Holm)"] = holm(frame.loc[tested, "p"].to_numpy(float))
     return frame
 
 
@@ -154,13 +163,13 @@ def group_table(found: list[Entry], task: Task) -> Table:
         row: dict[str, Any] = {"group": name, "users": int(members.sum())}
         row |= {model: of_users[members].mean() for model, of_users in values.items()}
         for entry in ours if row["users"] >= FEWEST else []:
-            compared = paired_bootstrap(values[entry.model][members], values[best.model][members])
+            found_here = paired_bootstrap(values[entry.model][members], values[best.model][members])
             row |= {
-                f"{entry.model} difference": compared.difference,
-                f"{entry.model} low": compared.low,
-                f"{entry.model} high": compared.high,
+                f"{entry.model} difference": found_here.difference,
+                f"{entry.model} low": found_here.low,
+                f"{entry.model} high": found_here.high,
             }
-            outside = compared.low > 0 or compared.high < 0
+            outside = found_here.low > 0 or found_here.high < 0
             row[f"{entry.model} difference mark"] = "*" if outside else ""
         rows.append(row)
     columns = [Column("group", "Group", "s"), Column("users", "Users", ",")]
@@ -273,10 +282,7 @@ def ablation_table(found: list[Entry]) -> Table:
             if entry.model == full.model and entry.label:
                 row = {"model": entry.model, "variant": entry.label, **_ablated(entry)}
                 rows.append(row | _delta(entry, full))
-    frame = pd.DataFrame(rows)
-    tested = frame["p"].notna() if "p" in frame else pd.Series(False, index=frame.index)
-    frame["p (Holm)"] = np.nan
-    frame.loc[tested, "p (Holm)"] = holm(frame.loc[tested, "p"].to_numpy(float))
+    frame = with_holm(pd.DataFrame(rows))
     frame["difference mark"] = ["*" if p < SIGNIFICANT else "" for p in frame["p (Holm)"]]
     columns = [
         Column("variant", "Variant", "s"), Column("model", "Model", "s"),
@@ -285,9 +291,10 @@ def ablation_table(found: list[Entry]) -> Table:
         Column("high", "high", "+.4f"), Column("p (Holm)", "p (Holm)", ".3f"),
     ]  # fmt: skip
     note = (
-        "Every variant is trained anew. Δ: variant minus full model in NDCG@10, with a 95 % "
-        f"interval {USERS_ONLY}; the interval is not corrected, * is: p < {SIGNIFICANT} after Holm "
-        "over all rows. Nothing is bold: rows are compared with their full model, not ranked."
+        "Every variant is trained anew. Δ: variant minus full model in NDCG@10 with the seeds both "
+        f"have (– where they have none), with a 95 % interval {USERS_ONLY}; the interval is not "
+        f"corrected, * is: p < {SIGNIFICANT} after Holm over all rows. Nothing is bold: "
+        "rows are compared with their full model, not ranked."
     )
     runs = [run for entry in found for run in entry.runs]
     return Table(
@@ -312,11 +319,4 @@ def _delta(entry: Entry, full: Entry) -> dict[str, float]:
         one._replace(runs=[run for run in one.runs if run.seed in common]).users()
         for one in (entry, full)
     )
-    compared = paired_bootstrap(ours, theirs)
-    return {
-        "difference": compared.difference,
-        "low": compared.low,
-        "high": compared.high,
-        "p": compared.p_value,
-        "effect size": effect_size(ours, theirs),
-    }
+    return compared(ours, theirs)

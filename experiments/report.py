@@ -98,6 +98,13 @@ def _same_protocol(runs: list[Run]) -> None:
                         f"{runs[0].folder} and {other.folder} differ in {key} ({first[key]} and "
                         f"{second[key]}); put runs of one protocol in one folder."
                     )
+    held_out = [(ranks.users, ranks.targets) for ranks in map(ranks_of, runs)]
+    for other, arrays in zip(runs[1:], held_out[1:], strict=True):
+        if not all(map(np.array_equal, held_out[0], arrays)):
+            raise UserError(
+                f"{runs[0].folder} and {other.folder} were tested on other items, as with another "
+                "data.seed and tie_policy=shuffle; put runs of one protocol in one folder."
+            )
 
 
 def entries(runs: list[Run], ablations: bool = False) -> list[Entry]:

@@ -76,8 +76,11 @@ def _refuse(request: Request, config: Config) -> None:
         )
     if config.pmat.fusion != "early":
         raise UserError("--mode theory: with pmat.fusion=late codes do not depend on users.")
-    if config.pmat.personalised == "random":
-        raise UserError("--mode theory: pmat.personalised=random has no attention to speak about.")
+    if config.pmat.personalised in ("none", "random"):
+        raise UserError(
+            f"--mode theory: pmat.personalised={config.pmat.personalised} has no attention to "
+            "speak about; choose user_item, user or item."
+        )
 
 
 def _conclude(folder: Path, places: list[Path], task: Task, config: Config) -> int:
@@ -120,7 +123,7 @@ def _print(content: dict[str, Any]) -> int:
         for number, (theorem, checks) in enumerate(content[place].items(), start=1):
             print(f"{theorem}: {TITLES[number]}")
             for name, found in checks.items():
-                sign = ">" if found["kind"] == "lower" else "<"
+                sign = {"lower": ">", "upper": "<", "equal": "="}[found["kind"]]
                 trivial = "-" if found["trivial"] is None else f"{found['trivial']:.5g}"
                 bad = f"  VIOLATED {found['violations']} times" if found["violations"] else ""
                 violated += bool(bad)
@@ -129,8 +132,8 @@ def _print(content: dict[str, Any]) -> int:
                     f" {trivial:>11} {found['tightness']:6.2f}"
                     f" {found['informative']:5.0%}{bad}"
                 )
-    print("\n< measured is at most the bound, > at least; says: share of instances on which the")
-    print("bound beats the trivial one; tight: 1 for an equality.")
+    print("\n< measured is at most the bound, > at least, = equal to it; says: share of instances")
+    print("on which the bound beats the trivial one; tight: the smaller mean over the larger.")
     return violated
 
 

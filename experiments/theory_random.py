@@ -82,7 +82,7 @@ def _updates(rng: np.random.Generator) -> list[Check]:
     return [
         bounds.contraction(starts[0], starts[1], walk, rate),
         bounds.tracking(starts[0], walk, rate),
-        bounds.averaging(0.05 * np.array([1.0, -1.0, 0.0]), rate, 12),
+        bounds.averaging(0.5 * np.array([1.0, -1.0, 0.0]), rate, 12),
         bounds.settled(starts, np.array([0.55, 0.3, 0.15]), rate, 4),
         bounds.churn(made.tables, path, bounds.follow(made.tables, path, 0.3), 0.3),
     ]

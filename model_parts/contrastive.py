@@ -37,17 +37,20 @@ def info_nce(
     return (losses * weights).sum() / weights.sum().clamp(min=1)
 
 
-def aligned(one: Tensor, other: Tensor, rows: Tensor, temperature: float, counts: Tensor) -> Tensor:
-    """Symmetric InfoNCE between two forms of the same B items, vectors [B, d] of items `rows` [B].
+def aligned(
+    one: Tensor, other: Tensor, related: Tensor, temperature: float, counts: Tensor
+) -> Tensor:
+    """Symmetric InfoNCE of row i of `one` with row i of `other`, vectors [B, d].
 
-    A second copy of an item in the batch is no negative; items with counts 0 have no second form.
+    `related` [B, B] says which rows of `other` (columns) are no negatives of which of `one`: the
+    same item, or one that is as good a partner. Rows with counts 0 lack a form: they are no anchors
+    and no negatives.
     """
     logits = F.normalize(one, dim=1) @ F.normalize(other, dim=1).T / temperature
-    # an item that lacks a form is no negative either
-    forbidden = (rows[:, None] == rows[None]) | (counts == 0)[None]
-    own = torch.arange(len(rows), device=rows.device)
-    there = info_nce(logits, own, forbidden, counts)
-    return 0.5 * (there + info_nce(logits.T, own, forbidden, counts))
+    absent = (counts == 0)[None]
+    own = torch.arange(len(one), device=one.device)
+    there = info_nce(logits, own, related | absent, counts)
+    return 0.5 * (there + info_nce(logits.T, own, related.T | absent, counts))
 
 
 def row_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:

@@ -13,8 +13,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-# Weights given to a modality an item lacks: e^-1e4 is 0 in any precision, and finite, so that an
-# item without any modality gets even weights and not NaN.
+# Logit of a modality an item lacks: e^-1e4 is 0 in any precision.
 _MISSING = -1e4
 # Multipliers of a hash of (user, item): large primes.
 _USER_PRIME, _ITEM_PRIME, _HASH_SIZE = 2_654_435_761, 40_503_001, 2**31 - 1
@@ -67,6 +66,12 @@ def nearest_grid_point(weights: Tensor, grid: Tensor) -> Tensor:
         index.masked_fill_(other > best, point)
         best = torch.maximum(best, other)
     return index.view(weights.shape[1:])
+
+
+def or_all(present: Tensor) -> Tensor:
+    """Presence [..., M] in which an item that has nothing counts as one that has everything: its
+    codes are constant, and weights must be something."""
+    return present | ~present.any(-1, keepdim=True)
 
 
 def random_grid_points(users: Tensor, rows: Tensor, law: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class ModalityAttention(nn.Module):
 
     def item_side(self, latents: Tensor, present: Tensor) -> Tensor:
         """Items [S, M, z], [S, M] -> [S, M, 2 + d_a]: the item's own term, 1, the key."""
-        own = (~present).to(latents.dtype) * _MISSING
+        own = (~or_all(present)).to(latents.dtype) * _MISSING
         with torch.autocast(latents.device.type, enabled=False):
             if self.of_item is not None:
                 own = own + self.of_item(latents.flatten(1))

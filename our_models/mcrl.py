@@ -36,7 +36,7 @@ from model_parts.contrastive import (
 from model_parts.fusion import coherence, nearest_grid_point, simplex_grid
 from model_parts.quantisers import BlendQuantiser
 from our_models.pmat import PMAT, View
-from our_models.tokenizer import item_latents
+from our_models.tokenizer import even_weights, item_latents
 
 _ENCODER_WIDTH = 256
 
@@ -47,10 +47,11 @@ def sample_positive_negative_ids(
     """Who is pulled to what in the user level, among the targets of the batch.
 
     profiles [B, p] say which users are alike: what their weights alpha are made of, so that users
-    with similar alpha are, too. Returns rows of the targets [B] (0-based items), the position among
-    them of each user's own next item [B] and of the next item of the most similar other user [B]
-    (the own one where there is no other), and which targets are no negatives of a user [B, B]:
-    those in the user's history, what else the user engaged, and what equals a positive.
+    with equal profiles have equal weights. Returns rows of the targets [B] (0-based items), the
+    position among them of each user's own next item [B] and of the next item of the most similar
+    other user [B] (the own one where there is no other), and which targets are no negatives of a
+    user [B, B]: those in the user's history, what else the user engaged, and what equals a
+    positive.
     """
     rows = batch.targets.max(dim=1).values - 1
     own = torch.arange(len(rows), device=rows.device)
@@ -218,19 +219,24 @@ class MCRL(Recommender):
         k = self.neighbours.shape[2]
         anchors, losses = vectors(rows), []
         for m in range(self.neighbours.shape[0]):
-            chosen = torch.randint(k, (len(rows),), device=rows.device)
-            partners = vectors(self.neighbours[m][rows, chosen])[:, m]
+            near = self.neighbours[m][rows]  # [B, k]
+            partners = near.gather(1, torch.randint(k, (len(rows), 1), device=rows.device))[:, 0]
+            # neither the anchor itself nor any of its neighbours is a negative
+            related = (rows[:, None] == rows) | (rows[:, None] == partners)
+            for column in near.T:
+                related = related | (column[:, None] == partners)
             known = self.present[rows, m].float()
-            losses.append(aligned(anchors[:, m], partners, rows, self.own.temperature, known))
+            others = vectors(partners)[:, m]
+            losses.append(aligned(anchors[:, m], others, related, self.own.temperature, known))
         return torch.stack(losses).mean()
 
     def inter_level(self, items: Tensor, projections: nn.ModuleList, rows: Tensor) -> Tensor:
         """The shared parts of each pair of modalities; items [B, M, d]. 0 with one modality."""
         parts = [project(x) for x, project in zip(items.unbind(1), projections, strict=True)]
-        losses = [items.new_zeros(())]
+        losses, same = [items.new_zeros(())], rows[:, None] == rows
         for m, n in combinations(range(len(parts)), 2):
             both = (self.present[rows, m] & self.present[rows, n]).float()
-            losses.append(aligned(parts[m], parts[n], rows, self.own.temperature, both))
+            losses.append(aligned(parts[m], parts[n], same, self.own.temperature, both))
         return torch.stack(losses).sum() / max(len(losses) - 1, 1)
 
     def _cosines(self, query: Tensor, items: Tensor) -> Tensor:
@@ -276,10 +282,10 @@ class MCRL(Recommender):
     @torch.no_grad()
     def item_ids(self, batch: Batch | None = None) -> Tensor:
         """Codes under each user's weights, [B, N, L]; under even weights without users, [N, L]."""
-        atlas = self.atlas()
         if batch is None:
-            return atlas[0]
-        return atlas[nearest_grid_point(self.users(batch)[1].T, self.grid)]
+            everything = torch.arange(len(self.counts), device=self.counts.device)
+            return self.quantiser.atlas(self.encoded(everything), even_weights(self.grid))[0]
+        return self.atlas()[nearest_grid_point(self.users(batch)[1].T, self.grid)]
 
 
 class PMATWithMCRL(PMAT):

@@ -34,6 +34,7 @@ from model_parts.fusion import (
     blend_weights_of,
     coherence,
     nearest_grid_point,
+    or_all,
     random_grid_points,
 )
 from model_parts.quantisers import projected_codewords
@@ -140,10 +141,11 @@ class PMAT(PersonalTokenizer):
         super().fit_codes(generator)
         if not self.own.start_from_codewords:
             return
-        personal, width = self.quantiser.codebooks.flatten(2), self.own.width
         books = [self.shared_quantiser.codebooks] if self.own.shared_digits else []
-        books += [personal] * (len(self.corners) if self.own.fusion == "late" else 1)
-        rows = torch.cat([projected_codewords(book, width, generator) for book in books])
+        late = self.own.fusion == "late"
+        personal = self.quantisers if late else [self.quantiser]
+        books += [quantiser.codebooks.flatten(2) for quantiser in personal]
+        rows = torch.cat([projected_codewords(book, self.own.width, generator) for book in books])
         self.tokens.weight.copy_(rows * self._token_length())
 
     # ----------------------------------------------------------------- weights
@@ -198,7 +200,7 @@ class PMAT(PersonalTokenizer):
         """alpha of the control, of users and items that broadcast, [M, ...]: a blend drawn by the
         law. As with learned weights a modality that the item lacks gets nothing; where the others
         have nothing either, they share evenly."""
-        present = self.present[rows].float()
+        present = or_all(self.present[rows]).float()
         known = self.grid[random_grid_points(users, rows, self.law)] * present  # [..., M]
         known = torch.where(known.sum(-1, keepdim=True) > 0, known, present.expand_as(known))
         return (known / known.sum(-1, keepdim=True).clamp(min=1e-6)).movedim(-1, 0)
@@ -222,11 +224,10 @@ class PMAT(PersonalTokenizer):
 
     def every_personal_vector(self, rows: Tensor) -> Tensor:
         """The same under all blends, [G, S, d]; with late weights, in each modality, [M, S, d]."""
+        codes = self.atlas[:, rows]  # [G or M, S, L]
         if self.own.fusion == "late":
-            codes = self.atlas[self.corners][:, rows]
-            firsts = self.own.shared_digits + codes.shape[2] * torch.arange(len(self.corners))
+            firsts = self.own.shared_digits + codes.shape[2] * torch.arange(len(codes))
             return torch.stack([self._sum(c, int(f)) for c, f in zip(codes, firsts, strict=True)])
-        codes = self.atlas[:, rows]  # [G, S, L]
         return self._sum(codes.flatten(0, 1), self.own.shared_digits).view(*codes.shape[:2], -1)
 
     def _sum(self, codes: Tensor, first_digit: int) -> Tensor:
@@ -370,7 +371,7 @@ class PMAT(PersonalTokenizer):
     def _digit_loss(self, states: Tensor, view: View, targets: Tensor) -> Tensor:
         """Mean over digits of -log softmax(<h_u, E_l>)[code of the target], as in RPG."""
         if self.own.fusion == "late":
-            codes = self.late_ids()[targets]
+            codes = self.common_ids()[targets]
         else:
             codes = self.ids(self.pair_points(view, targets), targets)  # [B, L]
         B, digits = codes.shape
@@ -396,8 +397,8 @@ class PMAT(PersonalTokenizer):
         return torch.cat(found, dim=1) + self.tie_break()
 
     def tie_break(self) -> Tensor:
-        """What orders items that have one ID for a user, by how often train has them: [N], too
-        little to change the order of different IDs."""
+        """What orders items that have one ID for a user, by how often train has them: [N], little
+        beside the differences between scores of different IDs."""
         return _TIE_BREAK * self.counts.log1p()
 
     # ----------------------------------------------------------------- IDs
@@ -414,18 +415,13 @@ class PMAT(PersonalTokenizer):
 
         With late weights nothing about a code depends on users: the digits of all modalities.
         """
-        rows = torch.arange(len(self.counts), device=self.counts.device)
-        if self.own.fusion == "late":
-            codes = self.late_ids()
-            return codes if batch is None else codes.expand(len(batch.users), -1, -1)
         if batch is None:
-            return self.ids(torch.zeros_like(rows), rows)
+            return self.common_ids()
+        if self.own.fusion == "late":
+            return self.common_ids().expand(len(batch.users), -1, -1)
+        rows = torch.arange(len(self.counts), device=self.counts.device)
         points = nearest_grid_point(self.modality_weights(self.view(batch), rows), self.grid)
         return torch.stack([self.ids(p, rows) for p in points])
-
-    def late_ids(self) -> Tensor:
-        """With late weights: shared digits, then those of each modality alone, [N, L]."""
-        return torch.cat([self.shared_codes, *self.atlas[self.corners]], dim=1)
 
     @torch.no_grad()
     def blend_law(self) -> Tensor:

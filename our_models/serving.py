@@ -104,6 +104,7 @@ class Server:
         with torch.no_grad():
             self.fixed = model.fixed_vectors(self.rows)  # [N, d]
             self.tie_break = model.tie_break()
+            self.topics = model.common_ids()[:, 0] if by == "topics" else None
             # what weights need to know of items, the same for every user [N, M, a]; items lie next
             # to each other in memory, as the product with a user's side reads them
             sides = model.attention.item_side(model.traits, model.present)
@@ -223,8 +224,9 @@ class Server:
         start = max(state.start, len(state.history) - self.window)  # bounds the cost
         rows = self.rows.new_tensor(state.history[start:]) - 1
         if self.by == "topics":
-            topics = self.model.item_ids()[rows, 0]
-            drift = topic_drift(topics, self.model.n_codes, self.generator, self.permutations)
+            drift = topic_drift(
+                self.topics[rows], self.model.n_codes, self.generator, self.permutations
+            )
         else:
             known = self.model.traits[rows], self.model.present[rows]
             drift = detect_drift(*known, self.generator, self.permutations)
@@ -265,6 +267,6 @@ class Server:
         vectors = self.fixed[state.past.rows]
         vectors = vectors + model._sum(state.past.codes, model.own.shared_digits)
         last = at_last(model.generate(vectors, batch), batch.lengths)
-        if model.prefix is not None:
+        if model.prefix is not None and state.history:  # of nothing there is no state to add to
             last = last + model.prefix(model.view(batch).context)
         return last

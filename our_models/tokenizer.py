@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import PMAT as PMATConfig
 from config import Config
@@ -38,7 +38,7 @@ class PersonalTokenizer(Recommender):
     corners: Tensor  # [M] blends of one modality alone
     towards: Tensor  # [M, G] the next blend with more of a modality; a corner keeps to itself
     shared_codes: Tensor  # [N, L_s]
-    atlas: Tensor  # [G, N, L_f]
+    atlas: Tensor  # [G, N, L_f]; with late weights [M, N, L_f], each modality by itself
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
         super().__init__()
@@ -53,6 +53,8 @@ class PersonalTokenizer(Recommender):
             )
         grid = simplex_grid(n_modalities, own.grid)
         if own.personalised == "none":  # even, though thirds are no multiples of a half
+            if own.grid < min(n_modalities, 2):
+                raise ValueError("pmat.personalised=none needs pmat.grid=2 or more")
             grid[0] = 1 / n_modalities
         self.register_buffer("grid", grid)
         self.register_buffer("corners", grid.argmax(0))
@@ -61,13 +63,18 @@ class PersonalTokenizer(Recommender):
         self.register_buffer("latents", torch.zeros(n_items, n_modalities, own.latent))
         self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
         self.register_buffer("shared_codes", torch.zeros(n_items, own.shared_digits).long())
-        # with late weights every modality has digits of its own, no more of them in all
+        # with late weights a modality has digits and codebooks of its own, no more digits in all
         digits, self.n_digits = own.personal_digits, own.shared_digits + own.personal_digits
         if own.fusion == "late":
             digits = largest_divisor(own.latent, max(digits // n_modalities, 1))
             self.n_digits = own.shared_digits + n_modalities * digits
-        self.register_buffer("atlas", torch.zeros(len(grid), n_items, digits).long())
-        self.quantiser = BlendQuantiser(n_modalities, own.latent, digits, own.codes)
+            self.register_buffer("atlas", torch.zeros(n_modalities, n_items, digits).long())
+            self.quantisers = nn.ModuleList(
+                BlendQuantiser(1, own.latent, digits, own.codes) for _ in range(n_modalities)
+            )
+        else:
+            self.register_buffer("atlas", torch.zeros(len(grid), n_items, digits).long())
+            self.quantiser = BlendQuantiser(n_modalities, own.latent, digits, own.codes)
         width = n_modalities * own.latent // max(own.shared_digits, 1) * own.shared_digits
         self.shared_quantiser = ProductQuantiser(width, max(own.shared_digits, 1), own.codes)
 
@@ -103,6 +110,9 @@ class PersonalTokenizer(Recommender):
             together = F.pad(together, (0, width - together.shape[1]))
             self.shared_quantiser.fit(together[in_train], generator)
             self.shared_codes.copy_(self.shared_quantiser.encode(together))
+        if self.own.fusion == "late":
+            self._fit_by_modality(in_train, generator)
+            return
         fitted = self.latents[in_train]
         in_use = 1 if self.own.personalised == "none" else len(self.grid)
         points = torch.randint(in_use, (4, len(fitted)), generator=generator)
@@ -111,9 +121,25 @@ class PersonalTokenizer(Recommender):
         self.quantiser.fit(blends, generator)
         self.atlas.copy_(self.quantiser.atlas(self.latents, self.grid))
 
+    def _fit_by_modality(self, in_train: Tensor, generator: torch.Generator) -> None:
+        whole = self.grid.new_ones(1, 1)
+        for m, quantiser in enumerate(self.quantisers):
+            latents = self.latents[:, m : m + 1]
+            known = in_train & self.present[:, m]
+            quantiser.fit(latents[known if known.any() else in_train], generator)
+            self.atlas[m] = quantiser.atlas(latents, whole)[0]
+
     def ids(self, points: Tensor, rows: Tensor) -> Tensor:
         """Codes of items under blends, both [P] -> [P, L_s + L_f]."""
         return torch.cat([self.shared_codes[rows], self.atlas[points, rows]], dim=1)
+
+    def common_ids(self) -> Tensor:
+        """Codes of all items for nobody in particular, [N, L]: under exactly even weights, which
+        need not be on the grid; with late weights the digits of all modalities."""
+        if self.own.fusion == "late":
+            return torch.cat([self.shared_codes, *self.atlas], dim=1)
+        personal = self.quantiser.atlas(self.latents, even_weights(self.grid))[0]
+        return torch.cat([self.shared_codes, personal], dim=1)
 
     def describe(self) -> dict[str, Any]:
         """Adds the number of blends and the digits of an ID."""
@@ -164,6 +190,11 @@ def whitened_latents(
         latents.append(F.normalize(turned, dim=1) * known[:, None])
         present.append(known)
     return torch.stack(latents, dim=1), torch.stack(present, dim=1)
+
+
+def even_weights(grid: Tensor) -> Tensor:
+    """The blend of all modalities alike, [1, M], for a grid [G, M]."""
+    return torch.full_like(grid[:1], 1 / grid.shape[1])
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -221,6 +221,12 @@ def test_runs_of_two_protocols_make_no_table(baseline, tmp_path, capsys):
     stored.write_text(stored.read_text().replace('"mask_seen": true', '"mask_seen": false'))
     assert main(["--mode", "report", "--from", str(folder), f"--log_dir={tmp_path / 'log'}"]) == 2
     assert "differ in mask_seen" in capsys.readouterr().err
+    stored.write_text(stored.read_text().replace('"mask_seen": false', '"mask_seen": true'))
+    with np.load(stored.parent / "ranks.npz") as ranks:
+        arrays = dict(ranks)
+    np.savez(stored.parent / "ranks.npz", **arrays | {"targets": arrays["targets"][::-1]})
+    assert main(["--mode", "report", "--from", str(folder), f"--log_dir={tmp_path / 'log'}"]) == 2
+    assert "were tested on other items" in capsys.readouterr().err
 
 
 def broken_for(name: str, fit):

@@ -76,6 +76,12 @@ def test_p_values_of_topics_are_not_too_small() -> None:
         assert (p <= level).float().mean() < level + KOLMOGOROV_300
 
 
+def test_p_values_are_exact_fractions() -> None:
+    for seed in range(20):
+        p = aimless_drift(12, random(seed)).p_value
+        assert p == round(p * 201) / 201  # so that a level like .05 can be met
+
+
 def test_null_is_that_of_the_length_and_a_threshold_is_not() -> None:
     short, long = (many(aimless_topics, range(n, n + 1)) for n in (8, 60))
     threshold = torch.tensor([d.divergence for d in long]).quantile(0.9)

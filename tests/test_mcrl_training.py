@@ -125,7 +125,7 @@ def test_with_late_weights_every_digit_of_a_modality_learns_from_mcrl(made, task
     rows = torch.arange(50)
     vectors = model.pure_vectors(rows)  # [P, M, d]
     for m in range(vectors.shape[1]):
-        codes = model.atlas[model.corners[m], rows]
+        codes = model.atlas[m, rows]
         first = model.own.shared_digits + m * codes.shape[1]
         tokens = codes + model.own.codes * (first + torch.arange(codes.shape[1]))
         torch.testing.assert_close(vectors[:, m], model.tokens(tokens).sum(1))
@@ -191,16 +191,50 @@ def test_info_nce_by_hand() -> None:
 
 def test_alignment_is_least_for_equal_forms_and_skips_missing_ones() -> None:
     forms = F.normalize(torch.randn(12, 8, generator=random()), dim=1)
-    rows, counts = torch.arange(12), torch.ones(12)
-    same = aligned(forms, forms, rows, 0.1, counts)
-    other = aligned(forms, forms.roll(1, 0), rows, 0.1, counts)
+    nobody, counts = torch.zeros(12, 12, dtype=torch.bool), torch.ones(12)
+    same = aligned(forms, forms, nobody, 0.1, counts)
+    other = aligned(forms, forms.roll(1, 0), nobody, 0.1, counts)
     assert same < other
     spoilt = forms.clone()
     spoilt[3] = 100.0
     counts[3] = 0.0
     assert torch.allclose(
-        aligned(forms, spoilt, rows, 0.1, counts), aligned(forms, forms, rows, 0.1, counts)
+        aligned(forms, spoilt, nobody, 0.1, counts), aligned(forms, forms, nobody, 0.1, counts)
     )
+
+
+def test_what_is_related_is_no_negative_on_either_side() -> None:
+    forms, others = F.normalize(torch.randn(2, 4, 8, generator=random()), dim=2)
+    related = torch.zeros(4, 4, dtype=torch.bool)
+    related[0, 2] = True
+    logits = forms @ others.T / 0.1
+    ones = logits.masked_fill(related, float("-inf")).log_softmax(1).diagonal()
+    twos = logits.T.masked_fill(related.T, float("-inf")).log_softmax(1).diagonal()
+    wanted = -(ones.mean() + twos.mean()) / 2
+    torch.testing.assert_close(aligned(forms, others, related, 0.1, torch.ones(4)), wanted)
+
+
+def test_no_anchor_is_pushed_from_itself_or_its_neighbours(made, monkeypatch) -> None:
+    model = made("mcrl")
+    seen = []
+    monkeypatch.setattr(
+        "our_models.mcrl.aligned", lambda *parts: seen.append(parts) or parts[0].new_zeros(())
+    )
+    rows = torch.arange(50)
+    vectors = []
+
+    def looked_up(wanted: torch.Tensor) -> torch.Tensor:
+        vectors.append(wanted)
+        return model.encoded(wanted)
+
+    model.intra_level(looked_up, rows)
+    for m, (parts, partners) in enumerate(zip(seen, vectors[1:], strict=True)):
+        near = model.neighbours[m][rows]
+        wanted = torch.stack(
+            [(partners == row) | torch.isin(partners, near[row]) for row in range(len(rows))]
+        )
+        assert torch.equal(parts[2] | (rows[:, None] == rows), wanted | (rows[:, None] == rows))
+        assert bool((parts[2] & (rows[:, None] != rows)).any())
 
 
 def test_neighbours_are_the_nearest_present_others() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from experiments import plots_ids, runs
+from experiments.comparisons import ablation_table, compared
 from experiments.groups import user_groups
 from experiments.personal import IDS, TIMELINE, WEIGHTS, extreme_users, modality_weights
 from experiments.report import entries, read_runs
@@ -356,6 +357,19 @@ def test_ablations_are_compared_with_their_full_model(
     assert (folder / "ablation_bars.png").stat().st_size > 5000
     assert (tmp_path / "save" / "ablation_results.json").exists()
     assert not (tmp_path / "save" / "baseline_results.csv").exists(), "that is another mode's"
+
+
+def test_ablations_of_other_seeds_and_few_users_are_shown_but_not_compared(
+    mode_flags, tmp_path, trained, fast_outputs, newest
+):
+    base = ["--mode", "baseline", "--model", "popularity", "--seeds", "2", *mode_flags]
+    assert main(base) == 0
+    full, other = read_runs(newest(tmp_path))
+    other = other._replace(result=other.result | {"label": "something else"})
+    table = ablation_table(entries([full, other], ablations=True)).frame
+    assert table["difference"].isna().all() and (table["difference mark"] == "").all()
+    assert compared(np.ones(19), np.zeros(19)) == {}
+    assert compared(np.ones(20), np.zeros(20))["low"] == 1.0
 
 
 def test_any_model_with_a_declared_dictionary_can_be_ablated(

@@ -225,6 +225,40 @@ def test_late_weights_leave_ids_alone_and_still_personalise_scores(made, task) -
     assert weights[0].std(0).max() > 0
 
 
+def test_with_late_weights_a_modality_has_codebooks_of_its_own(made) -> None:
+    model = made({"pmat.fusion": "late"})
+    for m, quantiser in enumerate(model.quantisers):
+        assert quantiser.codebooks.shape[2] == 1
+        known = model.present[:, m]
+        words = quantiser.decode(model.atlas[m])[:, 0]
+        close = F.cosine_similarity(words, model.latents[:, m])[known].mean()
+        shuffled = F.cosine_similarity(words.roll(1, 0), model.latents[:, m])[known].mean()
+        assert close > shuffled + 0.3
+        assert all(len(digit.unique()) > 12 for digit in model.atlas[m][known].T)  # of 16
+
+
+def test_ids_for_nobody_in_particular_are_even_though_a_third_is_no_half(made) -> None:
+    model = made({"pmat.with_behaviour": True, "pmat.grid": 2})
+    thirds = torch.full((3, 50), 1 / 3)
+    codes = model.quantiser.codes(model.quantiser.tables(model.latents), thirds)
+    assert torch.equal(model.item_ids()[:, model.own.shared_digits :], codes)
+    assert not torch.equal(model.atlas[0], codes)
+
+
+@pytest.mark.parametrize("level", ["user_item", "user", "item", "none", "random"])
+def test_an_item_without_any_modality_has_weights_and_scores(made, task, level: str) -> None:
+    model, batch = made({"pmat.personalised": level}), histories(task)
+    model.present[7], model.latents[7] = False, 0.0
+    weights = model.modality_weights(model.view(batch), torch.arange(50))
+    torch.testing.assert_close(weights.sum(0), torch.ones(weights.shape[1:]))
+    assert torch.isfinite(model.score(batch)).all()
+
+
+def test_even_weights_need_a_grid_that_leaves_room_for_them(made) -> None:
+    with pytest.raises(ValueError, match=r"pmat\.grid=2"):
+        made({"pmat.grid": 1, "pmat.personalised": "none"})
+
+
 def test_law_of_the_random_control_is_kept(made, task) -> None:
     law = [0.7, 0.1, 0.1, 0.05, 0.05]
     text = ",".join(map(str, law))

@@ -89,6 +89,16 @@ def test_new_state_is_the_model(serve: Callable[..., Server], name: str) -> None
         assert torch.allclose(expected[found - 1], expected[listed - 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_user_without_history_is_the_model_too(serve: Callable[..., Server], name: str) -> None:
+    server = serve(name)
+    nobody = len(server.histories.offsets)
+    nothing = Batch(torch.tensor([nobody]), *torch.zeros(3, 1, 1, dtype=torch.long))
+    nothing = nothing._replace(lengths=torch.zeros(1, dtype=torch.long))
+    expected = server.model.score(nothing)[0].detach()
+    assert torch.allclose(server.scores(nobody), expected, atol=1e-5)
+
+
 def test_recommendations_are_unseen_and_unique(serve: Callable[..., Server]) -> None:
     server = serve()
     for user in USERS:

@@ -56,6 +56,26 @@ def test_a_violated_bound_is_counted(bound: float, measured: float) -> None:
     assert above.summary()["violations"] == 1
     below = Check("x", np.array([measured, 1.0]), np.array([bound, 2.0]), 0.0, lower=True)
     assert below.summary()["violations"] == 1
+    equal = Check("x", np.array([measured, 1.0]), np.array([bound, 1.0]), 0.0, exact=True)
+    assert equal.summary()["violations"] == 1
+
+
+def test_checks_of_equalities_and_of_the_shared_rows_can_fail() -> None:
+    rng = np.random.default_rng(0)
+    latents, weights = unit(rng.standard_normal((9, 3, 8))), rng.dirichlet(np.ones(3), (2, 9))
+    latents[:, 1] = 0.0  # missing, and yet it has weight
+    assert bounds.isometry(latents, *weights).summary()["violations"] > 6
+    noise = bounds.averaging(np.array([0.5, -0.5]), 0.3, 8)
+    wrong = noise._replace(bound=1.05 * noise.bound)
+    assert noise.summary()["violations"] == 0 and wrong.summary()["violations"] == 8
+    projection = rng.standard_normal((4, 8))
+    inside = rng.standard_normal((20, 4)) @ projection
+    inside[3] = 0.0  # an anchor that nothing pulls
+    ways = rng.standard_normal((20, 8))
+    check = bounds_learning.confined(1e-6 * inside, projection, ways)
+    assert check.summary()["violations"] == 0 and check.summary()["instances"] == 38
+    outside = bounds_learning.confined(1e-6 * ways, projection, rng.standard_normal((20, 8)))
+    assert outside.summary()["violations"] >= 20
 
 
 # ---- theorem 1 ---------------------------------------------------------------------------------
@@ -332,8 +352,9 @@ def test_theory_refuses_what_the_theorems_are_not_about(tmp_path, small_flags, c
     assert "leave --model out" in capsys.readouterr().err
     assert main([*base, "--set", "pmat.fusion=late"]) == 2
     assert "late" in capsys.readouterr().err
-    assert main([*base, "--set", "pmat.personalised=random"]) == 2
-    assert "random" in capsys.readouterr().err
+    for weights in ("random", "none"):
+        assert main([*base, "--set", f"pmat.personalised={weights}"]) == 2
+        assert f"{weights} has no attention" in capsys.readouterr().err
     assert main([*base, "--set", "mock.dims={text: 8}"]) == 2
     assert "two modalities" in capsys.readouterr().err
 
