@@ -26,7 +26,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import ConfigError, build_config
-from experiments.runs import load_task
+from experiments.runs import load_task, split_name
 from metrics import Ranks, paired_bootstrap, per_user
 from util import UserError, write_json, write_yaml
 
@@ -112,6 +112,7 @@ def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         name = record.name.rpartition("_seed")[0]
         result["label"] = name.removeprefix(result["model"]).removeprefix("-").replace("-", " ")
+        result["protocol"]["split"] = split_name(task.dataset)  # older records say it in less words
         ranks = unpack(record)
         if not np.array_equal(ranks["users"], owners):
             raise SystemExit(f"{record} is not of {dataset}, or was read with other settings.")

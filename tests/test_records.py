@@ -74,7 +74,8 @@ def test_the_table_averages_seeds_and_compares_users(kept) -> None:
 
 def test_mode_report_reads_restored_records(kept, tmp_path, capsys) -> None:
     data, _, place = kept
-    folder = tmp_path / "restored"
+    folder, old = tmp_path / "restored", place / "popularity_seed42" / "metrics.json"
+    old.write_text(old.read_text().replace('"split": "leave-one-out', '"split": "as it was called'))
     records.restore(place, folder, str(data), "baseline")
     assert main(["--mode", "report", "--from", str(folder), "--data_dir", str(tmp_path)]) == 0
     assert "sasrec" in capsys.readouterr().out
