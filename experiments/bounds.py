@@ -43,7 +43,7 @@ class Check(NamedTuple):
         """
         bound, measured = np.mean(self.bound), np.mean(self.measured)
         small, large = (bound, measured) if self.lower else (measured, bound)
-        better = self.bound > self.trivial if self.lower else self.bound < self.trivial
+        gain = self.bound - self.trivial if self.lower else self.trivial - np.asarray(self.bound)
         return {
             "kind": "equal" if self.exact else "lower" if self.lower else "upper",
             "instances": int(np.size(self.measured)),
@@ -52,7 +52,7 @@ class Check(NamedTuple):
             "trivial": float(np.mean(self.trivial)) if np.isfinite(self.trivial).all() else None,
             "violations": int((self.excess() > _NOISE).sum()),
             "tightness": float(max(small, 0.0) / large) if large > 0 else 1.0,
-            "informative": float(np.mean(better)),
+            "informative": float(np.mean(gain > 1e-6)),
         }
 
 

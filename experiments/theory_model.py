@@ -123,8 +123,8 @@ def together(parts: list[Check]) -> Check:
     """All instances of several checks of the same kind as one."""
     trivial = [np.broadcast_to(part.trivial, np.shape(part.measured)) for part in parts]
     fields = ([p.bound for p in parts], [p.measured for p in parts], trivial)
-    flat = (np.concatenate([np.ravel(x) for x in field]) for field in fields)
-    return Check(parts[0].name, *flat, lower=parts[0].lower)
+    bound, measured, trivial = (np.concatenate([np.ravel(x) for x in field]) for field in fields)
+    return parts[0]._replace(bound=bound, measured=measured, trivial=trivial)
 
 
 def attention_slope(seen: Trained) -> Array:
