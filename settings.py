@@ -72,6 +72,8 @@ def assign(config: Any, key: str, value: Any, source: str) -> None:
 
 def _checked(leaf: dataclasses.Field, current: Any, value: Any, key: str, source: str) -> Any:
     kind = type(current)
+    if kind is int and leaf.type in ("float", float):
+        kind = float  # whose default is written as 0 or 1 in config.py
     if kind is bool:
         words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
         value = words.get(str(value).lower(), value)

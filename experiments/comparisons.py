@@ -162,6 +162,8 @@ def group_table(found: list[Entry], task: Task) -> Table:
     for name, members in user_groups(task, ranks_of(best.runs[0])).items():
         row: dict[str, Any] = {"group": name, "users": int(members.sum())}
         row |= {model: of_users[members].mean() for model, of_users in values.items()}
+        # there is a column even if no group is large enough
+        row |= dict.fromkeys((f"{entry.model} difference" for entry in ours), np.nan)
         for entry in ours if row["users"] >= FEWEST else []:
             found_here = paired_bootstrap(values[entry.model][members], values[best.model][members])
             row |= {

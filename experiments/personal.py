@@ -162,9 +162,15 @@ def _weights_frame(dataset: Dataset, users: np.ndarray, weights: np.ndarray) -> 
     names = list(dataset.catalogue.modalities)
     frame = pd.DataFrame(weights, columns=weight_names(dataset, weights.shape[1]))
     frame.insert(0, "user_id", dataset.user_ids[users])
-    if dataset.truth is not None:
+    if _planted(dataset):
         frame[[PLANTED + name for name in names]] = dataset.truth.drifted_weights[users]
     return frame
+
+
+def _planted(dataset: Dataset) -> bool:
+    """Whether tastes were planted for the modalities there are; `data.features` may have fewer."""
+    truth, names = dataset.truth, dataset.catalogue.modalities
+    return truth is not None and truth.drifted_weights.shape[1] == len(names)
 
 
 def _personal_ids(
@@ -212,7 +218,7 @@ def _timeline_frame(
     frame = pd.DataFrame(weights, columns=weight_names(dataset, weights.shape[1]))
     frame.insert(0, "user_id", dataset.user_ids[owners])
     frame.insert(1, "step", steps)
-    if truth is not None:
+    if _planted(dataset):
         leaders = np.array(names)
         frame["planted step"] = truth.drift_steps[owners]
         frame["planted before"] = leaders[truth.user_weights[owners].argmax(1)]

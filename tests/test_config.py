@@ -6,6 +6,7 @@ import pytest
 
 import config as settings
 from config import Config, ConfigError, build_config, differences, keys, read_yaml, to_dict
+from settings import assign
 
 OWN = {"*": {"train.lr": 0.5, "train.epochs": 77}, "mock": {"train.epochs": 88}}
 PRESET = {Config().run.model: OWN, "sasrec": OWN}  # the model of a run that names none, and another
@@ -162,3 +163,12 @@ def test_a_missing_file_is_named(tmp_path):
         read_yaml(str(tmp_path / "nowhere.yaml"))
     with pytest.raises(ConfigError, match="Is a directory"):
         read_yaml(str(tmp_path))
+
+
+def test_a_float_whose_default_is_written_as_a_whole_number_stays_a_float():
+    config = Config()
+    config.sasrec.dropout = 0
+    assign(config, "sasrec.dropout", "0.2", "--set")
+    assert config.sasrec.dropout == 0.2
+    with pytest.raises(ConfigError, match="whole number"):
+        assign(config, "sasrec.layers", "1.5", "--set")

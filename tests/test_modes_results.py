@@ -372,6 +372,17 @@ def test_ablations_of_other_seeds_and_few_users_are_shown_but_not_compared(
     assert compared(np.ones(20), np.zeros(20))["low"] == 1.0
 
 
+@pytest.mark.parametrize("settings", [["mock.n_users=15"], ["data.features=text"]])
+def test_few_users_and_fewer_modalities_have_all_tables(
+    mode_flags, tmp_path, fast_outputs, newest, settings
+):
+    changes = [part for pair in settings for part in ("--set", pair)]
+    assert main(["--mode", "baseline", "--model", "popularity,pmat", *mode_flags, *changes]) == 0
+    table = pd.read_csv(newest(tmp_path) / "group_results.csv")
+    assert "pmat difference" in table
+    assert (newest(tmp_path) / "efficiency.csv").exists()
+
+
 def test_any_model_with_a_declared_dictionary_can_be_ablated(
     mode_flags, tmp_path, trained, monkeypatch, fast_outputs, newest
 ):
