@@ -162,17 +162,16 @@ def group_table(found: list[Entry], task: Task) -> Table:
     for name, members in user_groups(task, ranks_of(best.runs[0])).items():
         row: dict[str, Any] = {"group": name, "users": int(members.sum())}
         row |= {model: of_users[members].mean() for model, of_users in values.items()}
-        # there is a column even if no group is large enough
-        row |= dict.fromkeys((f"{entry.model} difference" for entry in ours), np.nan)
-        for entry in ours if row["users"] >= FEWEST else []:
-            found_here = paired_bootstrap(values[entry.model][members], values[best.model][members])
+        for entry in ours:
+            found_here = compared(values[entry.model][members], values[best.model][members])
+            # there is a column even if no group is large enough
+            low, high = (found_here.get(key, np.nan) for key in ("low", "high"))
             row |= {
-                f"{entry.model} difference": found_here.difference,
-                f"{entry.model} low": found_here.low,
-                f"{entry.model} high": found_here.high,
+                f"{entry.model} difference": found_here.get("difference", np.nan),
+                f"{entry.model} low": low,
+                f"{entry.model} high": high,
+                f"{entry.model} difference mark": "*" if low > 0 or high < 0 else "",
             }
-            outside = found_here.low > 0 or found_here.high < 0
-            row[f"{entry.model} difference mark"] = "*" if outside else ""
         rows.append(row)
     columns = [Column("group", "Group", "s"), Column("users", "Users", ",")]
     columns += [Column(model, model) for model in values]

@@ -37,6 +37,11 @@ def simplex_grid(modalities: int, resolution: int) -> Tensor:
     return torch.tensor(counts, dtype=torch.float32) / resolution
 
 
+def even_weights(grid: Tensor) -> Tensor:
+    """All modalities alike, [1, M], for a grid [G, M], on which that blend need not be."""
+    return torch.full_like(grid[:1], 1 / grid.shape[1])
+
+
 def next_grid_points(grid: Tensor) -> Tensor:
     """For each modality and point the point with one step more of the modality, taken from the
     largest other weight: [G, M] -> [M, G] int64. The point of one modality alone is its own."""

@@ -33,10 +33,10 @@ from model_parts.contrastive import (
     info_nce,
     one_prefix_each,
 )
-from model_parts.fusion import coherence, nearest_grid_point, simplex_grid
+from model_parts.fusion import coherence, even_weights, nearest_grid_point, simplex_grid
 from model_parts.quantisers import BlendQuantiser
 from our_models.pmat import PMAT, View
-from our_models.tokenizer import even_weights, item_latents
+from our_models.tokenizer import item_latents
 
 _ENCODER_WIDTH = 256
 

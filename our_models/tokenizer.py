@@ -19,7 +19,7 @@ from config import PMAT as PMATConfig
 from config import Config
 from model_parts.base import Recommender, TrainingData
 from model_parts.cooccurrence import behaviour_vectors
-from model_parts.fusion import next_grid_points, simplex_grid
+from model_parts.fusion import even_weights, next_grid_points, simplex_grid
 from model_parts.quantisers import BlendQuantiser, ProductQuantiser, whitened_pca
 
 # Items at most so many steps apart were taken together.
@@ -190,11 +190,6 @@ def whitened_latents(
         latents.append(F.normalize(turned, dim=1) * known[:, None])
         present.append(known)
     return torch.stack(latents, dim=1), torch.stack(present, dim=1)
-
-
-def even_weights(grid: Tensor) -> Tensor:
-    """The blend of all modalities alike, [1, M], for a grid [G, M]."""
-    return torch.full_like(grid[:1], 1 / grid.shape[1])
 
 
 def largest_divisor(number: int, limit: int) -> int:
