@@ -112,9 +112,7 @@ def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         name = record.name.rpartition("_seed")[0]
         result["label"] = name.removeprefix(result["model"]).removeprefix("-").replace("-", " ")
-        result["protocol"]["split"] = split_name(
-            task.dataset
-        )  # as it is called now
+        result["protocol"]["split"] = split_name(task.dataset)  # as it is called now
         ranks = unpack(record)
         if not np.array_equal(ranks["users"], owners):
             raise SystemExit(f"{record} is not of {dataset}, or was read with other settings.")
