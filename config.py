@@ -16,6 +16,7 @@ from typing import Any
 from settings import (
     ConfigError,
     assign,
+    check_defaults,
     choice,
     closest,
     keys,
@@ -30,6 +31,7 @@ __all__ = ["Config", "ConfigError", "build_config", "closest", "keys", "read_pai
 # --------------------------------------------------------------------------- run, data, training
 
 MOCK_DIMS = {"visual": 32, "text": 48, "audio": 16}
+LAST_SEED = 2**31 - 1
 MODES = ("quick", "baseline", "ablation", "hyper", "mcrl", "full", "theory", "report")
 
 
@@ -40,7 +42,7 @@ class Run:
     mode: str = choice("quick", MODES, "what to run")
     model: str = setting("pmat", "model, or several separated by commas in mode baseline")
     device: str = choice("auto", ("auto", "cpu", "cuda"), "auto takes a GPU when there is one")
-    seed: int = number(42, 0, 2**31 - 1, "first random seed")
+    seed: int = number(42, 0, LAST_SEED, "first random seed")
     seeds: int = number(1, 1, 100, "runs per model, with seeds seed, seed+1, ...")
     label: str = setting("", "what tables call the run; mode ablation sets it (empty: the model)")
     source: str = setting("", "mode report: the run folder whose tables and figures to rebuild")
@@ -58,7 +60,7 @@ class Data:
     tie_policy: str = choice(
         "file", ("file", "shuffle"), "order of equal timestamps: as in the file, or seeded random"
     )
-    seed: int = number(42, 0, 2**31 - 1, "of the mock data and of shuffled ties, not of the model")
+    seed: int = number(42, 0, LAST_SEED, "of the mock data and of shuffled ties, not of the model")
     min_rating: float = number(0.0, 0.0, 1e9, "drop interactions rated below this (0 keeps all)")
     k_core: int = number(0, 0, 1000, "drop users and items with fewer interactions (0 keeps all)")
     features: str = choice(
@@ -155,10 +157,9 @@ class BSARec:
 
 
 @dataclass
-class RPG:
-    """baseline_models/rpg.py; sizes of the paper: width 448, inner 1024, digits 32 (Beauty)."""
+class ParallelHeads:
+    """Network of models that predict all digits of an ID at once; sizes of RPG's paper."""
 
-    digits: int = number(32, 1, 1024, "m, digits of a semantic ID")
     codes: int = number(256, 2, 65536, "codes per digit")
     width: int = number(448, 4, 8192, "embedding and hidden width")
     layers: int = number(2, 1, 64, "blocks")
@@ -167,6 +168,13 @@ class RPG:
     embedding_dropout: float = number(0.5, 0.0, 0.95, "on the input")
     attention_dropout: float = number(0.5, 0.0, 0.95, "on attention weights")
     temperature: float = number(0.03, 1e-4, 10.0, "tau of the digit softmax")
+
+
+@dataclass
+class RPG(ParallelHeads):
+    """baseline_models/rpg.py; sizes of the paper: width 448, inner 1024, digits 32 (Beauty)."""
+
+    digits: int = number(32, 1, 1024, "m, digits of a semantic ID")
     pca: int = number(
         0, 0, 8192, "whitened PCA width before OPQ; 0: 512 of wide features, else 128"
     )
@@ -286,7 +294,7 @@ class FusID(DecoderOnly):
 
 
 @dataclass
-class MMQ(Seq2Seq):
+class MMQ(ParallelHeads):
     """baseline_models/mmq.py; tokenizer of the paper: 2 + 2 experts, 100 codes on public data."""
 
     codes: int = number(100, 2, 65536, "K, codewords of an expert")
@@ -765,38 +773,29 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "mmq": {
         "*": {
             "data.max_history": 20,
-            "train.lr": 2e-3,
-            "train.batch_size": 128,
+            "train.lr": 1e-3,
+            "train.batch_size": 64,
             "train.schedule": "cosine",
-            "train.warmup_steps": 1000,
-            "train.epochs": 13,
-            "train.eval_every": 2,
-            "train.patience": 4,
-            "mmq.among": "existing",
+            "train.epochs": 40,
+            "train.eval_every": 4,
             "mmq.expert_width": 64,
             "mmq.tokenizer_steps": 1500,
-            "mmq.tune_epochs": 4,
-            "mmq.width": 64,
-            "mmq.layers": 2,
-            "mmq.attention_heads": 4,
-            "mmq.head_width": 16,
-            "mmq.inner": 256,
-            "mmq.beams": 20,
+            "mmq.tune_epochs": 12,
+            "mmq.width": 256,
+            "mmq.inner": 768,
+            "mmq.embedding_dropout": 0.3,
+            "mmq.attention_dropout": 0.3,
         },
         "mock": {
-            "train.epochs": 8,
-            "train.batch_size": 128,
-            "train.lr": 3e-3,
-            "train.warmup_steps": 50,
+            "train.epochs": 40,
+            "train.lr": 2e-3,
+            "train.eval_every": 2,
             "mmq.width": 64,
-            "mmq.layers": 1,
-            "mmq.attention_heads": 2,
-            "mmq.head_width": 32,
             "mmq.inner": 128,
             "mmq.codes": 32,
             "mmq.expert_width": 32,
             "mmq.tokenizer_steps": 200,
-            "mmq.tune_epochs": 3,
+            "mmq.tune_epochs": 10,
         },
     },
     "pctx": {
@@ -903,6 +902,7 @@ def build_config(
     presets = DATASET_PRESETS.get(name, {}) | by_data.get("*", {}) | by_data.get(name, {})
     presets |= MODE_DATA_PRESETS.get((mode, name), {})
     config = Config()
+    check_defaults(config, "config.py")
     for source, layer in (
         ("config.py", presets | by_mode if mode in ("quick", "theory") else by_mode | presets),
         ("--config", overlay),
@@ -917,6 +917,10 @@ def build_config(
 
 
 def _check_together(config: Config) -> None:
+    if config.run.seed + config.run.seeds - 1 > LAST_SEED:
+        raise ConfigError(f"run.seed + run.seeds: no seed may be above {LAST_SEED}.")
+    if not config.mock.dims:
+        raise ConfigError("mock.dims wants at least one modality; data.features=none does without.")
     if config.mock.history_max < config.mock.history_min:
         raise ConfigError("mock.history_max is smaller than mock.history_min.")
     for name, width in config.mock.dims.items():

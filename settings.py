@@ -47,7 +47,7 @@ def keys(config: Any) -> dict[str, dataclasses.Field]:
 
 def closest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """' Did you mean x?' when something is near, else an empty string."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
@@ -70,10 +70,22 @@ def assign(config: Any, key: str, value: Any, source: str) -> None:
     setattr(getattr(config, section), leaf, _checked(fields[key], current, value, key, source))
 
 
+_KINDS = {"bool": bool, "int": int, "float": float, "str": str, "dict": dict}
+
+
+def check_defaults(config: Any, source: str) -> None:
+    """Hold every setting of a fresh configuration to its own declaration; raises ConfigError."""
+    for key, leaf in keys(config).items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        setattr(getattr(config, section), name, _checked(leaf, value, value, key, source))
+
+
 def _checked(leaf: dataclasses.Field, current: Any, value: Any, key: str, source: str) -> Any:
-    kind = type(current)
-    if kind is int and leaf.type in ("float", float):
-        kind = float  # whose default is written as 0 or 1 in config.py
+    # as declared: a default edited in config.py may itself be of another type
+    kind = _KINDS.get(str(leaf.type), type(current))
+    if kind is str and isinstance(value, bool) and "off" in leaf.metadata.get("options", ()):
+        value = "on" if value else "off"  # YAML reads these words as true and false
     if kind is bool:
         words = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
         value = words.get(str(value).lower(), value)

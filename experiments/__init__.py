@@ -58,6 +58,7 @@ def start(flags: dict[str, Any], overlay: dict[str, Any], resume: str | None) ->
         request = Request(flags, overlay, resume)
         if resume:
             request = resumed_request(resume, request)
+        request.check_mode()
         config = request.config()
         with process_group(pick_device(config.run.device)):
             start_logging(config.run.log_dir)

@@ -30,6 +30,7 @@ from metrics import latency_summary
 from util import Stopwatch, UserError, pick_device, rank, seed_everything, write_json
 
 logger = getLogger("pmat")
+_SMALLEST = 20  # items of a mock catalogue, as `mock.n_items` has it
 SEARCH, SIZES = "hyper", "latency_by_size.json"
 
 
@@ -115,11 +116,14 @@ def _sizes_of(config: Config, task: Task, tasks: dict[int, Task]) -> list[dict[s
 def sizes(config: Config) -> list[int]:
     """The numbers of `full.sizes`. Raises ConfigError for what is none."""
     try:
-        return sorted({int(part) for part in config.full.sizes.split(",") if part.strip()})
+        found = sorted({int(part) for part in config.full.sizes.split(",") if part.strip()})
     except ValueError:
         raise ConfigError(
             f"full.sizes wants numbers with commas such as 500,2000, not '{config.full.sizes}'."
         ) from None
+    if found and found[0] < _SMALLEST:
+        raise ConfigError(f"full.sizes: {found[0]} items are too few, {_SMALLEST} the least.")
+    return found
 
 
 def _mock_of_size(config: Config, task: Task, size: int) -> Task:

@@ -38,6 +38,8 @@ class Job(NamedTuple):
 def quick(request: Request) -> int:
     """One model, few epochs, one table: does everything work? Returns the number of failed runs."""
     model = request.config().run.model
+    if "," in model:
+        raise ConfigError(f"--mode quick runs one model, not {model}; --mode baseline compares.")
 
     def part(request: Request, task: Task, folder: Path) -> list[Path]:
         jobs = _alone(model_jobs(request, (model,), folder), folder)

@@ -25,6 +25,10 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
+# Flags that say nothing in other modes.
+OF_MODES = {"run.source": ("report",), "hyper.trials": ("hyper", "full")}
+
+
 class Request(NamedTuple):
     """What the user asked for: settings by dotted key, before presets fill in the rest."""
 
@@ -35,6 +39,14 @@ class Request(NamedTuple):
     def config(self, model: str | None = None, changes: dict[str, Any] | None = None) -> Config:
         """All settings, with the presets of `model`; `changes` by dotted key beat all others."""
         return build_config(self.flags | (changes or {}), self.overlay, model)
+
+    def check_mode(self) -> None:
+        """Raises UserError for a flag that the mode would ignore."""
+        mode = self.config().run.mode
+        for key in self.flags.keys() & OF_MODES.keys():
+            if mode not in OF_MODES[key]:
+                right = " or ".join(f"--mode {name}" for name in OF_MODES[key])
+                raise UserError(f"{key} belongs to {right}, not to --mode {mode}.")
 
     def models(self, default: tuple[str, ...]) -> tuple[str, ...]:
         """The models the user named, or else `default`."""

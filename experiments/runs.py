@@ -125,6 +125,8 @@ def train(
     )
     if not trainer.resume():
         watch = Stopwatch()
+        if type(model).prepare is not Recommender.prepare:
+            logger.info("preparing codes, graphs or statistics from the train part ...")
         stage_one(model, task, config)
         if world_size() > 1:  # all processes go on from the weights and codes of the first
             model.load_state_dict(from_first(model.state_dict()))

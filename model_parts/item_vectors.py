@@ -55,13 +55,25 @@ def item_vectors(
     variance 1 on average, so that coarse differences come first. Missing parts are zero.
     """
     parts = []
-    for features, has in modalities.values():
+    for name, (features, has) in modalities.items():
         kept = width or _usual_width(features.shape[1])
-        white = whitened_pca(features, has & fit_rows, kept)
+        white = white_modality(name, features, has & fit_rows, kept)
         parts.append(
             (white if whiten else _recoloured(features, white, has & fit_rows)) * has[:, None]
         )
     return torch.cat(parts, dim=1), torch.stack([has for _, has in modalities.values()]).any(0)
+
+
+def white_modality(
+    name: str, features: Tensor, fit_rows: Tensor, width: int, explained: float = 1.0
+) -> Tensor:
+    """`quantisers.whitened_pca`; its ValueError names the modality."""
+    try:
+        return whitened_pca(features, fit_rows, width, explained)
+    except ValueError as error:
+        raise ValueError(
+            f"features '{name}': {error}; take the file out, or mend it and run again."
+        ) from None
 
 
 def _recoloured(features: Tensor, white: Tensor, fit_rows: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from config import Config
 from model_parts.base import Recommender, TrainingData
 from model_parts.cooccurrence import behaviour_vectors
 from model_parts.fusion import even_weights, next_grid_points, simplex_grid
+from model_parts.item_vectors import white_modality
 from model_parts.quantisers import BlendQuantiser, ProductQuantiser, whitened_pca
 
 # Items at most so many steps apart were taken together.
@@ -50,6 +51,11 @@ class PersonalTokenizer(Recommender):
             raise ValueError(
                 f"pmat.shared_digits={own.shared_digits} is more than the {n_modalities} x "
                 f"{own.latent} numbers they cut up (modalities x pmat.latent)"
+            )
+        if own.fusion == "early" and own.latent % own.personal_digits:
+            raise ValueError(
+                f"pmat.latent={own.latent} is no multiple of pmat.personal_digits="
+                f"{own.personal_digits}"
             )
         grid = simplex_grid(n_modalities, own.grid)
         if own.personalised == "none":  # even, though thirds are no multiples of a half
@@ -176,14 +182,14 @@ def whitened_latents(
 
     Raises ValueError for a catalogue without features.
     """
-    modalities = list((getattr(catalogue, "modalities", None) or {}).values())
+    modalities = getattr(catalogue, "modalities", None) or {}
     if not modalities:
         raise ValueError("PMAT needs item features (text.npy, visual.npy, ...) to make IDs of.")
     latents, present = [], []
-    for features, known in modalities:
+    for name, (features, known) in modalities.items():
         known = torch.tensor(known, dtype=torch.bool)
         features = torch.tensor(features, dtype=torch.float32)
-        white = whitened_pca(features, in_train & known, width, explained)
+        white = white_modality(name, features, in_train & known, width, explained)
         white = F.pad(white, (0, width - white.shape[1]))
         # a random rotation spreads the principal components evenly over sub-vectors
         turned = white @ random_rotation(width, generator)

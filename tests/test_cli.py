@@ -265,7 +265,12 @@ def refused(arguments: list[str], tmp_path: Path, capsys) -> str:
         (["--mode", "basline"], "Did you mean 'baseline'"),
         (["--model", "sasrek"], "Did you mean 'sasrec'"),
         (["--model", ""], "There is no model ''"),
-        (["--model", "popularity,sasrec"], "There is no model"),  # several: baseline only
+        (["--model", "SASRec"], "Did you mean 'sasrec'"),
+        (["--model", "popularity,sasrec"], "--mode baseline compares"),
+        (["--from", "somewhere"], "run.source belongs to --mode report"),
+        (["--trials", "3"], "hyper.trials belongs to --mode hyper or --mode full"),
+        (["--mode", "full", "--set", "full.sizes=5,500"], "full.sizes: 5 items are too few"),
+        (["--model", "pmat", "--set", "pmat.personal_digits=7"], "no multiple of pmat.personal"),
         (["--set", "train.lr"], "write it as key=value"),
         (["--set", "train.lrr=1"], "Did you mean 'train.lr'"),
         (["--set", "mock.dims={a: ["], "mock.dims wants a mapping"),
@@ -342,6 +347,16 @@ def test_features_of_other_items_are_one_line(quick, tmp_path, capsys, write_fol
     folder = own_data(tmp_path, write_folder, text=np.ones((8, 5), np.float32))
     error = refused([*quick, "--dataset", str(folder)], tmp_path, capsys)
     assert "text.npy" in error and "8" in error and "9" in error
+
+
+@pytest.mark.parametrize("model", ["pmat", "tiger"])
+def test_features_that_are_the_same_for_all_items_are_named(
+    quick, tmp_path, capsys, write_folder, model
+):
+    folder = own_data(tmp_path, write_folder, text=np.ones((9, 5), np.float32))
+    arguments = [*quick, "--model", model, "--dataset", str(folder), "--set", "data.cache=false"]
+    error = refused(arguments, tmp_path, capsys)
+    assert "features 'text'" in error and "the same for all items" in error
 
 
 def test_data_without_held_out_items_are_one_line(quick, tmp_path, capsys, write_folder):

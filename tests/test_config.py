@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 import config as settings
-from config import Config, ConfigError, build_config, differences, keys, read_yaml, to_dict
+from config import (
+    Config,
+    ConfigError,
+    Run,
+    Train,
+    build_config,
+    differences,
+    keys,
+    read_yaml,
+    to_dict,
+)
 from settings import assign
 
 OWN = {"*": {"train.lr": 0.5, "train.epochs": 77}, "mock": {"train.epochs": 88}}
@@ -64,6 +76,28 @@ def test_every_preset_is_valid():
         build_config({"data.dataset": f"data/{name}"})
 
 
+@pytest.mark.parametrize(
+    ("section", "wrong", "said"),
+    [
+        (Run, {"mode": "quik"}, "config.py: run.mode is one of"),
+        (Train, {"epochs": -1}, "config.py: train.epochs lies between"),
+        (Train, {"lr": "fast"}, "config.py: train.lr wants a number"),
+    ],
+)
+def test_a_default_edited_in_config_py_is_held_to_its_limits(monkeypatch, section, wrong, said):
+    name = section.__name__.lower()
+    edited = functools.partial(Config, **{name: section(**wrong)})
+    monkeypatch.setattr(settings, "Config", edited)
+    with pytest.raises(ConfigError, match=said):
+        build_config()
+
+
+def test_no_seed_beyond_the_last():
+    build_config({"run.seed": 2**31 - 2, "run.seeds": 2})
+    with pytest.raises(ConfigError, match="no seed may be above"):
+        build_config({"run.seed": 2**31 - 2, "run.seeds": 3})
+
+
 def test_every_setting_says_what_it_is():
     assert all(leaf.metadata.get("help") for leaf in keys(Config()).values())
 
@@ -93,6 +127,8 @@ def test_every_setting_says_what_it_is():
         ("run.mode", "quik", "Did you mean 'quick'"),
         ("run.mode", ["quick"], "wants text"),
         ("run.model", 3, "wants text"),
+        ("train.amp", True, "train.amp is one of auto, bf16, fp16, off, not 'on'"),
+        ("mock.dims", {}, "at least one modality"),
         ("mock.dims", "{text: [", "wants a mapping"),
         ("mock.dims", "48", "wants a mapping"),
         ("mock.dims", "{text: 2020-13-45}", "wants a mapping"),  # an impossible date
@@ -118,6 +154,7 @@ def test_a_setting_that_cannot_be_is_refused_in_one_line(key, value, said):
         ("train.mask_seen", "No", False),
         ("train.compile", 1, True),
         ("mock.dims", "{text: 4, audio: 2}", {"text": 4, "audio": 2}),
+        ("train.amp", False, "off"),  # what YAML makes of off
     ],
 )
 def test_text_becomes_the_type_of_the_setting(key, text, value):
