@@ -11,7 +11,6 @@ the network of TIGER's preset.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections import defaultdict
@@ -24,12 +23,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baseline_models.tiger import TIGER
+from benchmarks.command import Parser, command
 from config import build_config
 from model_parts.base import Batch
 from model_parts.beam import Beams, Decoder, beam_search
 from model_parts.generative import Writer
 from model_parts.residual import with_collision_digit
 from model_parts.trie import Trie
+from util import UserError
 
 DIGITS, CODES = 4, 256
 
@@ -117,31 +118,38 @@ def compare(label: str, make: Callable[[], Decoder], codes: Tensor, trie: Trie, 
     )
 
 
+@command
 @torch.inference_mode()
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Time both searches, without and with a network."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--users", type=int, default=128)
-    parser.add_argument("--beams", type=int, default=50)
-    parser.add_argument("--items", type=int, default=12_101)
-    arguments = parser.parse_args()
-    users, n_items = arguments.users, arguments.items
+    parser = Parser(__doc__)
+    parser.add_number("--users", 128, "users in the batch")
+    parser.add_number("--beams", 50, "beams of each user")
+    parser.add_number("--items", 12_101, "items, of random IDs")
+    asked = parser.parse_args(arguments)
+    users, n_items = asked.users, asked.items
     torch.manual_seed(0)
     # three digits as uneven as real ones, and one that tells equal items apart
     levels = (CODES * torch.rand(n_items, DIGITS - 1).square()).long()
     codes = with_collision_digit(levels, CODES)
     trie = Trie(codes, torch.arange(n_items), n_items)
+    starts = trie.levels[0].n_children
+    if asked.beams > starts:  # the callback would be asked for prefixes that no item has
+        raise UserError(
+            f"--beams {asked.beams}: the IDs of {n_items:,} items start with {starts} different "
+            "codes; take no more beams than that, or more --items."
+        )
     table = Table(users)
-    compare("search alone", lambda: table, codes, trie, arguments.beams)
+    compare("search alone", lambda: table, codes, trie, asked.beams)
 
-    model = TIGER(
-        build_config({"run.model": "tiger", "data.dataset": "any", "mock.n_items": n_items})
-    )
+    config = build_config({"run.model": "tiger", "data.dataset": "any"})
+    config.mock.n_items = n_items
+    model = TIGER(config)
     items = torch.randint(1, n_items + 1, (users, 7))
     batch = Batch(torch.arange(users), items, torch.full((users,), 7), items)
     memory, start = model.eval().read(batch)
-    compare("with the network", lambda: Writer(model, memory, start), codes, trie, arguments.beams)
+    compare("with the network", lambda: Writer(model, memory, start), codes, trie, asked.beams)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ before they are masked, so a list of ten wants more than ten beams.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command import Parser, command, positive_int
 from benchmarks.graph_decoding import some_users
 from experiments.evaluation import evaluate
 from experiments.runs import load_trained
@@ -27,21 +27,20 @@ from model_parts.generative import GenerativeRecommender
 from util import UserError
 
 
-def main(flags: list[str] | None = None) -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Decode the valid part with each number of beams."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--beams", nargs="+", type=int, default=[10, 20, 50, 200])
-    parser.add_argument("--users", type=int, help="so many users, at random (all)")
-    asked = parser.parse_args(flags)
-    if min(asked.beams) < 1:
-        parser.error("--beams wants numbers of at least 1.")
-    try:
-        model, config, task = load_trained(asked.run)
-    except UserError as error:
-        parser.error(str(error))
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run of a model that writes IDs")
+    parser.add_argument(
+        "--beams", nargs="+", type=positive_int, default=[10, 20, 50, 200], metavar="N",
+        help="numbers of beams to try (default 10 20 50 200)",
+    )  # fmt: skip
+    parser.add_number("--users", None, "valid users, at random")
+    asked = parser.parse_args(arguments)
+    model, config, task = load_trained(asked.run)
     if not isinstance(model, GenerativeRecommender):
-        parser.error(f"{asked.run} is a run of {model.name}, which has no beams.")
+        raise UserError(f"{asked.run} is a run of {model.name}, which has no beams.")
     valid = some_users(task.split.valid, asked.users)
     for model.own.beams in asked.beams:
         start = time.perf_counter()
@@ -54,4 +53,4 @@ def main(flags: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

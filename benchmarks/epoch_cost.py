@@ -8,7 +8,6 @@ epoch is what the model needs to see all train data once. Stage one is printed b
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -20,10 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, ConfigError, build_config, read_pairs
+from benchmarks.command import Parser, command, read_settings
+from config import Config, build_config
 from data_utils import bucketed_order
 from experiments.runs import Task, load_task, model_class, stage_one
 from experiments.training import Trainer
+from model_parts.base import Recommender
 from util import UserError, pick_device, seed_everything
 
 
@@ -40,21 +41,37 @@ class Cost(NamedTuple):
         return self.step * self.steps
 
 
+def prepared(config: Config, task: Task, device: torch.device) -> tuple[Recommender, float]:
+    """A model after stage one, and the seconds that took.
+
+    Raises UserError for data the model cannot work with.
+    """
+    seed_everything(config.run.seed)
+    try:
+        model = model_class(config.run.model)(config, task.dataset.catalogue).to(device)
+    except ValueError as error:
+        raise UserError(f"{config.run.model}: {error}") from error
+    start = time.perf_counter()
+    stage_one(model, task, config)
+    return model, time.perf_counter() - start
+
+
 def cost(config: Config, task: Task, steps: int) -> Cost:
     """Prepare a model and time `steps` updates after one that is not counted.
 
-    Raises UserError for a model that does not learn.
+    Raises UserError for a model that does not learn, or has all its data in one batch.
     """
-    seed_everything(config.run.seed)
     device = pick_device(config.run.device)
-    model = model_class(config.run.model)(config, task.dataset.catalogue).to(device)
-    start = time.perf_counter()
-    stage_one(model, task, config)
-    prepare = time.perf_counter() - start
+    model, prepare = prepared(config, task, device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(model, task.split.train, config, Path(folder), device, dict, "")
         if not trainer.parameters:
             raise UserError(f"{model.name} has no epochs: there is nothing to learn.")
+        if trainer.steps_per_epoch < 2:
+            raise UserError(
+                f"{model.name}: train.batch_size={config.train.batch_size} takes all data in one "
+                "step, and the first is not timed; --set train.batch_size to less."
+            )
         lengths = trainer.examples.lengths * (1 if model.bucketed else 0)
         order = bucketed_order(lengths, config.train.batch_size, np.random.default_rng(0))
         model.begin_epoch(0, torch.Generator().manual_seed(0))
@@ -64,34 +81,38 @@ def cost(config: Config, task: Task, steps: int) -> Cost:
         start = time.perf_counter()  # a step ends with a read from the device
         for batch in batches[1:]:
             trainer._step(*batch)
-        seconds = (time.perf_counter() - start) / max(len(batches) - 1, 1)
+        seconds = (time.perf_counter() - start) / (len(batches) - 1)
     return Cost(prepare, seconds, trainer.steps_per_epoch)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Time and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="mock")
-    parser.add_argument("--model", default="sasrec,bsarec,pmat,rpg")
-    parser.add_argument("--steps", type=int, default=10, help="timed, of each model")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
+    parser = Parser(__doc__)
+    parser.add_argument("--dataset", default="mock", help="as in main.py (default mock)")
+    parser.add_argument(
+        "--model", default="sasrec,bsarec,pmat,rpg",
+        help="models, with commas (default %(default)s)",
+    )  # fmt: skip
+    parser.add_number("--steps", 10, "timed steps of each model")
+    parser.add_settings()
     asked = parser.parse_args(arguments)
-    try:
-        given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_pairs(asked.set)
-        task = load_task(build_config(given))
-        print(f"{'':14s}{'stage one':>10s}{'steps':>8s}{'ms/step':>9s}{'epoch':>9s}{'ratio':>8s}")
-        first = None
-        for name in asked.model.split(","):
-            found = cost(build_config(given, model=name), task, asked.steps)
-            first = first or found.epoch
-            print(
-                f"{name:14s}{found.prepare:9.1f}s{found.steps:8d}{1000 * found.step:9.1f}"
-                f"{found.epoch:8.1f}s{found.epoch / first:8.2f}",
-                flush=True,
-            )
-    except (ConfigError, UserError) as error:
-        parser.error(str(error))
+    given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_settings(asked.set)
+    models = asked.model.split(",")
+    for name in models:
+        model_class(name)  # refuses a misspelt one before the others are timed
+    task = load_task(build_config(given))
+    print(f"{'':14s}{'stage one':>10s}{'steps':>8s}{'ms/step':>9s}{'epoch':>9s}{'ratio':>8s}")
+    first = None
+    for name in models:
+        found = cost(build_config(given, model=name), task, asked.steps)
+        first = first or found.epoch
+        print(
+            f"{name:14s}{found.prepare:9.1f}s{found.steps:8d}{1000 * found.step:9.1f}"
+            f"{found.epoch:8.1f}s{found.epoch / first:8.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ so that their losses must agree. Read the ratios; seconds depend on the machine.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -24,16 +23,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baseline_models import SASRec
+from benchmarks.command import Parser, command
 from config import build_config
-from data_utils import (
-    Sequences,
-    bucketed_order,
-    load_dataset,
-    split_dataset,
-    train_batch,
-    train_examples,
-)
+from data_utils import Sequences, bucketed_order, train_batch, train_examples
+from experiments.runs import load_task
 from model_parts.base import Batch
+from util import UserError
 
 
 def beauty_sized(seed: int = 0) -> tuple[Sequences, int]:
@@ -65,18 +60,19 @@ def timed(step: Callable[[], Tensor], model: SASRec) -> tuple[float, float]:
     return time.perf_counter() - start, loss.item()
 
 
-def main() -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Print seconds per epoch of each form, ratios and the largest difference in loss."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--dataset", help="a data folder; random data of Beauty's size without it")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch_size", type=int, default=128)
-    arguments = parser.parse_args()
+    parser.add_number("--steps", 12, "timed steps of each form")
+    parser.add_number("--batch_size", 128, "users of a step")
+    asked = parser.parse_args(arguments)
     config = build_config({"sasrec.dropout": 0.0, "data.features": "none"}, model="sasrec")
-    if arguments.dataset:
-        config.data.dataset = arguments.dataset
-        dataset = load_dataset(config)
-        train, n_items = split_dataset(dataset).train, dataset.catalogue.n_items
+    if asked.dataset:
+        config.data.dataset = asked.dataset
+        task = load_task(config)
+        train, n_items = task.split.train, task.dataset.catalogue.n_items
     else:
         train, n_items = beauty_sized()
     config.mock.n_items = n_items
@@ -84,10 +80,15 @@ def main() -> None:
     model = SASRec(config)
     width = config.data.max_history
     examples = train_examples(train, "positions", width)
-    order = bucketed_order(examples.lengths, arguments.batch_size, np.random.default_rng(0))
+    order = bucketed_order(examples.lengths, asked.batch_size, np.random.default_rng(0))
+    if len(order) < 2:
+        raise UserError(
+            f"--batch_size {asked.batch_size}: all {len(examples.users):,} users are in one batch, "
+            "and the first is not timed; take a smaller one."
+        )
     seconds: dict[str, list[float]] = {"ours": [], "plain": [], "plain, no padding": []}
     worst = 0.0
-    for number, index in enumerate(order[: arguments.steps + 1]):
+    for number, index in enumerate(order[: asked.steps + 1]):
         batch = Batch(*map(torch.from_numpy, train_batch(train, examples, index)))
         forms = {
             "ours": lambda b=batch: model.loss(b)["item"],
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,6 @@ moved.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command import Parser, command, share
 from data_utils import Sequences
 from experiments.evaluation import rank_targets
 from experiments.runs import Task, load_trained
@@ -123,20 +123,18 @@ def drifted(model: PMAT, histories: Sequences, users: np.ndarray, window: int) -
     return alarms / len(users)
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Serve and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a pmat or pmat_mcrl run")
-    parser.add_argument("--known", type=float, default=0.5)
-    parser.add_argument("--step", type=int, default=5)
-    parser.add_argument("--users", type=int, default=1000)
+    parser.add_number("--known", 0.5, "share of each history that the server starts with", share)
+    parser.add_number("--step", 5, "items of an update")
+    parser.add_number("--users", 1000, "test users, at random")
     asked = parser.parse_args(arguments)
-    try:
-        model, config, task = load_trained(asked.run)
-    except UserError as error:
-        parser.error(str(error))
+    model, config, task = load_trained(asked.run)
     if not isinstance(model, PMAT) or model.own.fusion != "early":
-        parser.error(f"{asked.run} is no run of pmat or pmat_mcrl with early fusion.")
+        raise UserError(f"{asked.run} is no run of pmat or pmat_mcrl with early fusion.")
     everybody = task.split.test.users
     chosen = np.random.default_rng(0).permutation(len(everybody))[: asked.users]
     users = everybody[np.sort(chosen)]
@@ -164,4 +162,4 @@ def _gain(own: np.ndarray, stale: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

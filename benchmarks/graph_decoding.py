@@ -20,6 +20,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from baseline_models.rpg import RPG
+from benchmarks.command import Parser, command, positive_int
 from data_utils import Targets
 from experiments.evaluation import evaluate
 from experiments.runs import load_trained
@@ -27,20 +29,23 @@ from metrics import ranking_metrics
 from util import UserError
 
 
-def main(flags: list[str] | None = None) -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Decode the test users of one run both ways."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--walks", nargs="*", type=_walk, help="beams,edges,steps")
-    parser.add_argument("--users", type=int, help="so many test users, at random (all)")
-    arguments = parser.parse_args(flags)
-    try:
-        model, config, task = load_trained(arguments.run)
-    except UserError as error:
-        parser.error(str(error))
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run of rpg")
+    parser.add_argument(
+        "--walks", nargs="*", type=_walk, metavar="WALK",
+        help="beams,edges,steps of each (default those of the run)",
+    )  # fmt: skip
+    parser.add_number("--users", None, "test users, at random")
+    asked = parser.parse_args(arguments)
+    model, config, task = load_trained(asked.run)
+    if not isinstance(model, RPG):
+        raise UserError(f"{asked.run} is a run of {model.name}; only rpg walks on a graph.")
     split = task.split
-    own, test = model.own, some_users(split.test, arguments.users)
-    for walk in (None, *(arguments.walks or [(own.beams, own.edges, own.steps)])):
+    own, test = model.own, some_users(split.test, asked.users)
+    for walk in (None, *(asked.walks or [(own.beams, own.edges, own.steps)])):
         own.decoding = "graph" if walk else "exhaustive"
         if walk:
             own.beams, own.edges, own.steps = walk
@@ -65,9 +70,12 @@ def some_users(targets: Targets, count: int | None) -> Targets:
 
 
 def _walk(text: str) -> tuple[int, int, int]:
-    beams, edges, steps = map(int, text.split(","))
+    parts = text.split(",")
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"wants beams,edges,steps such as 20,200,3, not '{text}'")
+    beams, edges, steps = map(positive_int, parts)
     return beams, edges, steps
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

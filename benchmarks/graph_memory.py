@@ -9,7 +9,6 @@ of users by interests, and multiplies. Exit code 1 when the peak is above --limi
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command import Parser, command, number
 from model_parts.graphs import (
     SparseGraph,
     co_occurrence,
@@ -56,18 +56,19 @@ def step(name: str) -> Iterator[None]:
     print(f"{name:<32}{time.perf_counter() - start:8.1f} s   peak {peak:5.2f} GB", flush=True)
 
 
+@command
 @torch.no_grad()
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Build everything once; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--users", type=int, default=162_000)
-    parser.add_argument("--items", type=int, default=62_000)
-    parser.add_argument("--interactions", type=int, default=25_000_000)
-    parser.add_argument("--share", type=float, default=0.1, help="of all three numbers")
-    parser.add_argument("--width", type=int, default=384, help="of the features")
-    parser.add_argument("--neighbours", type=int, default=40)
-    parser.add_argument("--limit_gb", type=float, default=8.0)
-    asked = parser.parse_args()
+    parser = Parser(__doc__)
+    parser.add_number("--users", 162_000, "users of the whole data")
+    parser.add_number("--items", 62_000, "items of the whole data")
+    parser.add_number("--interactions", 25_000_000, "interactions of the whole data")
+    parser.add_number("--share", 0.1, "share of all three that is used", number(float, 0))
+    parser.add_number("--width", 384, "width of the features")
+    parser.add_number("--neighbours", 40, "neighbours of a node")
+    parser.add_number("--limit_gb", 8.0, "exit code 1 above this peak", number(float, 0))
+    asked = parser.parse_args(arguments)
     n_users, n_items, n_interactions = (
         max(1, int(asked.share * n)) for n in (asked.users, asked.items, asked.interactions)
     )

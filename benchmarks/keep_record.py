@@ -14,7 +14,6 @@ target is when seen items stay in, and the steps between user rows; user ids are
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -25,8 +24,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import ConfigError, build_config
-from experiments.runs import load_task, split_name
+from benchmarks.command import Parser, command
+from config import build_config
+from experiments.runs import RANKS, load_task, split_name
 from metrics import Ranks, paired_bootstrap, per_user
 from util import UserError, write_json, write_yaml
 
@@ -35,7 +35,10 @@ LOCAL = {"run": ("save_dir", "log_dir", "device"), "data": ("data_dir",)}  # of 
 
 
 def keep(run: Path, place: Path, label: str) -> Path:
-    """Copy one run folder; returns the folder of the record."""
+    """Copy one run folder; returns the folder of the record. Raises UserError for a record."""
+    with np.load(run / RANKS, allow_pickle=False) as ranks:
+        if "masked" not in ranks:
+            raise UserError(f"{run} is a record already, not the folder of a run.")
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     name = metrics["model"] + (f"-{label}" if label else "")
     record = place / f"{name}_seed{metrics['seed']}"
@@ -48,7 +51,7 @@ def keep(run: Path, place: Path, label: str) -> Path:
         for key in keys:
             settings[section].pop(key, None)
     (record / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    pack(run / "ranks.npz", record / "ranks.npz")
+    pack(run / RANKS, record / RANKS)
     return record
 
 
@@ -82,12 +85,15 @@ def table(place: Path, against: str = "") -> str:
 
     With `against`, the name of a record without its seed, also the difference in NDCG@10 of every
     user (seen items masked, mean over the seeds each side has) with a 95 % bootstrap interval.
+    Raises UserError where there is no record, or none of that name.
     """
     groups: dict[str, list[Path]] = {}
-    for path in sorted(place.glob("*/metrics.json")):
-        groups.setdefault(path.parent.name.rpartition("_seed")[0], []).append(path.parent)
+    for record in _records(place):
+        groups.setdefault(record.name.rpartition("_seed")[0], []).append(record)
     if against and against not in groups:
-        raise SystemExit(f"{place} has no record '{against}'; there are {', '.join(groups)}.")
+        raise UserError(
+            f"--against {against}: {place} has no such record; there are {', '.join(groups)}."
+        )
     theirs = _gains(groups[against]) if against else None
     rows = sorted(_row(name, records, against, theirs) for name, records in groups.items())
     head = [
@@ -102,20 +108,24 @@ def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
     """Make a run folder of mode `baseline` or `ablation` out of records, for mode report.
 
     Semantic IDs and modality weights of users are not in records, so their figures are not drawn.
+    Raises UserError where there is no record, or where records are not of this data set.
     """
+    records = _records(place)
     request = {"run.mode": mode, "data.dataset": dataset}
     task = load_task(build_config(request))
     test, user_ids = task.split.test, task.dataset.user_ids
     owners = np.repeat(test.users, np.diff(test.offsets))
-    for path in sorted(place.glob("*/metrics.json")):
-        record, target = path.parent, folder / path.parent.name
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for record in records:
+        target = folder / record.name
+        result = json.loads((record / "metrics.json").read_text(encoding="utf-8"))
         name = record.name.rpartition("_seed")[0]
         result["label"] = name.removeprefix(result["model"]).removeprefix("-").replace("-", " ")
         result["protocol"]["split"] = split_name(task.dataset)  # as it is called now
         ranks = unpack(record)
         if not np.array_equal(ranks["users"], owners):
-            raise SystemExit(f"{record} is not of {dataset}, or was read with other settings.")
+            raise UserError(
+                f"{record} is not of --dataset {dataset}, or was read with other settings."
+            )
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / "metrics.json", result)
         if (record / "epochs.jsonl").exists():
@@ -124,6 +134,16 @@ def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
             target / "ranks.npz", user_ids=user_ids[owners], targets=test.items, **ranks
         )
     write_yaml(folder / "request.yaml", {"flags": request, "overlay": {}})
+
+
+def _records(place: Path) -> list[Path]:
+    """Folders of all records, by name. Raises UserError where there is none."""
+    found = [path.parent for path in sorted(place.glob("*/metrics.json"))]
+    if not found:
+        raise UserError(
+            f"{place} holds no records: name a folder that does, or runs to keep there."
+        )
+    return found
 
 
 def _row(
@@ -165,36 +185,39 @@ def _gain_of(record: dict[str, np.ndarray]) -> np.ndarray:
     return per_user(ranks, "ndcg", 10)
 
 
-def main() -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Copy the runs named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("place", type=Path)
-    parser.add_argument("runs", type=Path, nargs="*")
+    parser = Parser(__doc__)
+    parser.add_argument("place", type=Path, help="folder of the records")
+    parser.add_argument("runs", type=Path, nargs="*", help="folders of finished runs to keep there")
     parser.add_argument(
         "--label", default="", help="what sets these runs apart, such as random-codes"
     )
-    parser.add_argument("--against", default="", help="record that others are compared with")
+    parser.add_argument(
+        "--against", default="", help="record that others are compared with, without its seed"
+    )
     parser.add_argument("--restore", type=Path, help="run folder to make of the records")
     parser.add_argument("--dataset", help="restore: the data set that the records are of")
     parser.add_argument(
-        "--mode", default="baseline", choices=("baseline", "ablation"), help="restore: tables of it"
-    )
-    arguments = parser.parse_args()
-    if arguments.restore:
-        if not arguments.dataset:
-            parser.error("--restore wants --dataset")
-        try:
-            restore(arguments.place, arguments.restore, arguments.dataset, arguments.mode)
-        except (UserError, ConfigError) as error:
-            parser.error(str(error))
-        print(f"Now: python main.py --mode report --from {arguments.restore}")
+        "--mode", default="baseline", choices=("baseline", "ablation"),
+        help="restore: tables of it (default baseline)",
+    )  # fmt: skip
+    asked = parser.parse_args(arguments)
+    if asked.restore:
+        if asked.runs or not asked.dataset:
+            raise UserError("--restore wants --dataset, what the records are of, and no runs.")
+        restore(asked.place, asked.restore, asked.dataset, asked.mode)
+        print(f"Now: python main.py --mode report --from {asked.restore}")
         return
-    for run in arguments.runs:
-        if not (run / "metrics.json").exists():
-            parser.error(f"{run} is no finished run: it has no metrics.json.")
-        keep(run, arguments.place, arguments.label)
-    print(table(arguments.place, arguments.against))
+    for run in asked.runs:
+        for file in ("metrics.json", "config.yaml", RANKS):
+            if not (run / file).exists():
+                raise UserError(f"{run} is no finished run: it has no {file}.")
+    for run in asked.runs:
+        keep(run, asked.place, asked.label)
+    print(table(asked.place, asked.against))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

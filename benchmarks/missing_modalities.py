@@ -15,7 +15,6 @@ themselves) tend to longer vectors, so lists hold too many of them, at the cost 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -25,11 +24,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import build_config, read_pairs
+from benchmarks.command import Parser, command, read_settings, share
+from config import build_config
 from data_readers.missing import without_modality
 from data_utils import split_dataset
 from experiments.runs import RANKS, Task, load_ranks, load_task, run
 from metrics import Ranks, average_over_seeds, paired_bootstrap, per_user
+
+VARIED = ("run.seed", "dgmrec.fill_missing")  # from run to run, so not by --set
 
 
 class Outcome(NamedTuple):
@@ -82,30 +84,36 @@ def line(group: str, users: np.ndarray, on: Outcome, off: Outcome) -> str:
     return f"{start}{means}  {gain.difference:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Train, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="mock")
-    parser.add_argument("--modality", help="the first of the data set if not given")
-    parser.add_argument("--rates", default="0,0.2,0.4,0.6")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = Parser(__doc__)
+    parser.add_argument("--dataset", default="mock", help="as in main.py (default mock)")
+    parser.add_argument("--modality", help="what is taken away (default the data set's first)")
+    parser.add_argument(
+        "--rates", type=_rates, default="0,0.2,0.4,0.6", metavar="SHARES",
+        help="shares of items that lose it, with commas (default %(default)s)",
+    )  # fmt: skip
+    parser.add_number("--seeds", 3, "runs of each kind")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="let the runs stay here")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
+    parser.add_settings()
     found = parser.parse_args(arguments)
-    given = {"data.dataset": found.dataset} | read_pairs(found.set)
+    given = {"data.dataset": found.dataset} | read_settings(found.set, *VARIED)
     config = build_config(settings(given, True, 42))
     task = load_task(config)
     modality = found.modality or next(iter(task.dataset.catalogue.modalities), "visual")
+    poorer = [  # all of them first, so that a wrong rate is refused before anything is trained
+        without_modality(task.dataset, modality, rate, config.data.seed) for rate in found.rates
+    ]
     seeds = range(42, 42 + found.seeds)
     head = "".join(f"{title:>9}" for title in ("R@20", "without", "N@10", "without"))
     print(f"\n{'test users':<18}{'number':>7}{head}  gain in N@10 by generation")
     with tempfile.TemporaryDirectory() as scratch:
-        for rate in map(float, found.rates.split(",")):
-            dataset = without_modality(task.dataset, modality, rate, config.data.seed)
-            poorer = Task(dataset, split_dataset(dataset))
+        for rate, dataset in zip(found.rates, poorer, strict=True):
+            left = Task(dataset, split_dataset(dataset))
             place = (found.keep or Path(scratch)) / f"{modality}_without_{rate:g}"
-            ranks = trained_ranks(poorer, given, True, seeds, place)
-            on, off = outcome(ranks), outcome(trained_ranks(poorer, given, False, seeds, place))
+            ranks = trained_ranks(left, given, True, seeds, place)
+            on, off = outcome(ranks), outcome(trained_ranks(left, given, False, seeds, place))
             present = dataset.catalogue.modalities[modality].present
             lack = lacking(ranks[0], present)
             print(
@@ -117,5 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(line("target has it", ~lack, on, off), flush=True)
 
 
+def _rates(text: str) -> list[float]:
+    return [share(part) for part in text.split(",")]
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,6 @@ seeds of the model. Prints
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +26,8 @@ from scipy.stats import rankdata, spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import build_config, read_pairs
+from benchmarks.command import Parser, command, read_settings
+from config import build_config
 from data_utils import history_batch
 from experiments.runs import RANKS, Task, load_model, load_ranks, load_task, run
 from metrics import average_over_seeds, paired_bootstrap, per_user
@@ -106,14 +106,15 @@ def drift_found(task: Task, model: PMAT) -> tuple[float, float]:
     return float(area), float((p[~moved] <= 0.01).mean())
 
 
-def main() -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Train, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--more", action="store_true")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
-    found = parser.parse_args()
-    given = read_pairs(found.set)
+    parser = Parser(__doc__)
+    parser.add_number("--seeds", 3, "runs of each kind")
+    parser.add_argument("--more", action="store_true", help=f"also with {', '.join(MORE)}")
+    parser.add_settings()
+    found = parser.parse_args(arguments)
+    given = read_settings(found.set, "run.seed")
     controls = CONTROLS + MORE * found.more
     task = load_task(build_config(settings(given, None, "")))
     users: dict[str | None, list[np.ndarray]] = {}
@@ -146,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

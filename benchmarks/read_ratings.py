@@ -10,7 +10,6 @@ at the seconds of CPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,18 +19,28 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import Parser, command, number
+from util import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 USERS, MOVIES, WIDTH = 162_541, 62_423, 384
+FEWEST = 20  # ratings of a user
 
 CHILD = """
 import json, sys, time
 sys.path.insert(0, {root!r})
 import numpy as np
 from data_readers import read
-from util import peak_memory_mb
+from util import UserError, peak_memory_mb
 before = peak_memory_mb(__import__("torch").device("cpu"))
 start, cpu = time.perf_counter(), time.process_time()
-data = read({folder!r}, data_dir={data_dir!r}, k_core={k_core})
+try:
+    data = read({folder!r}, data_dir={data_dir!r}, k_core={k_core})
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
 seconds = time.perf_counter() - start
 part = data.catalogue.modalities["text"]
 print(json.dumps({{
@@ -51,8 +60,8 @@ print(json.dumps({{
 def write_files(folder: Path, ratings: int, seed: int = 0) -> None:
     """Random files with the sizes of ml-25m; users have 20 ratings or more, as there."""
     rng = np.random.default_rng(seed)
-    users = min(USERS, ratings // 20)
-    lengths = 20 + rng.multinomial(ratings - 20 * users, rng.dirichlet(np.full(users, 0.5)))
+    users = min(USERS, ratings // FEWEST)
+    lengths = FEWEST + rng.multinomial(ratings - FEWEST * users, rng.dirichlet(np.full(users, 0.5)))
     movies = np.sort(rng.choice(209_171, MOVIES, replace=False) + 1)
     with open(folder / "ratings.csv", "w", encoding="ascii") as file:
         file.write("userId,movieId,rating,timestamp\n")
@@ -75,20 +84,26 @@ def write_files(folder: Path, ratings: int, seed: int = 0) -> None:
 
 
 def measure(folder: Path, data_dir: Path, k_core: int) -> dict:
-    """Read in a fresh process."""
+    """Read in a fresh process. Raises UserError for what the reader refuses."""
     values = {"folder": str(folder), "data_dir": str(data_dir), "k_core": k_core}
     code = CHILD.format(root=str(ROOT), **values)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode == 2:
+        raise UserError(done.stderr.strip())
+    done.check_returncode()
     return json.loads(done.stdout)
 
 
-def main() -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Print one line per reading."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ratings", type=int, default=25_000_000)
-    parser.add_argument("--k_core", type=int, default=5)
+    parser = Parser(__doc__)
+    parser.add_number("--ratings", 25_000_000, "rows of ratings.csv", number(int, FEWEST))
+    parser.add_number("--k_core", 5, "ratings of a user or item to keep", number(int, 0))
     parser.add_argument("--folder", help="where the temporary folder is made")
-    found = parser.parse_args()
+    found = parser.parse_args(arguments)
+    if found.folder and not Path(found.folder).is_dir():
+        raise UserError(f"--folder {found.folder}: there is no such folder; make it first.")
     with tempfile.TemporaryDirectory(dir=found.folder) as temporary:
         folder, data_dir = Path(temporary) / "ml-25m", Path(temporary) / "data"
         folder.mkdir()
@@ -108,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,6 @@ milliseconds depend on the machine.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command import Parser, command, number
 from config import build_config
 from model_parts.base import TrainingData
 from our_models.pmat import PMAT
@@ -55,12 +55,13 @@ def milliseconds(request: Callable[[int], object], requests: int) -> np.ndarray:
     return np.array(found[10:])
 
 
-def main() -> None:
+@command
+def main(arguments: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, default=12_101)
-    parser.add_argument("--requests", type=int, default=200)
-    found = parser.parse_args()
+    parser = Parser(__doc__)
+    parser.add_number("--items", 12_101, "items of the catalogue", number(int, 2))
+    parser.add_number("--requests", 200, "timed requests of each kind")
+    found = parser.parse_args(arguments)
     data = random_catalogue(found.items, 2 * found.requests + 20)
     config = build_config({"run.mode": "baseline", "run.model": "pmat", "data.dataset": "beauty"})
     model = PMAT(config, data.catalogue)
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,17 +12,19 @@ feature neighbours, seconds of stage one.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, ConfigError, build_config, read_pairs
+from benchmarks.command import Parser, command, read_settings
+from benchmarks.epoch_cost import prepared
+from config import Config, build_config, read_pairs
 from experiments.personal import measured_ids
-from experiments.runs import Task, load_task, model_class, stage_one
-from util import UserError, seed_everything
+from experiments.runs import Task, load_task, model_class
+from util import UserError
 
 COLUMNS = {
     "uniqueness": "own ID",
@@ -36,36 +38,34 @@ COLUMNS = {
 
 def tokenized(config: Config, task: Task) -> tuple[dict[str, float] | None, float]:
     """ID quality after stage one, None for a model without IDs, and how many seconds it took."""
-    seed_everything(config.run.seed)
-    model = model_class(config.run.model)(config, task.dataset.catalogue)
-    start = time.perf_counter()
-    stage_one(model, task, config)
-    seconds = time.perf_counter() - start
+    model, seconds = prepared(config, task, torch.device("cpu"))
     return measured_ids(model, task.dataset, task.split.train, config), seconds
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Tokenize and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="mock")
-    parser.add_argument("--model", default="tiger,letter,cofirec,fusid,mmq,pctx,rpg,pmat")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[])
-    parser.add_argument("--vary", metavar="KEY=VALUE", action="append", default=[])
+    parser = Parser(__doc__)
+    parser.add_argument("--dataset", default="mock", help="as in main.py (default mock)")
+    parser.add_argument(
+        "--model", default="tiger,letter,cofirec,fusid,mmq,pctx,rpg,pmat",
+        help="models, with commas (default %(default)s)",
+    )  # fmt: skip
+    parser.add_settings()
+    parser.add_argument(
+        "--vary", metavar="KEY=VALUE", action="append", default=[],
+        help="one more line for the model that this is a setting of; may be repeated",
+    )  # fmt: skip
     asked = parser.parse_args(arguments)
-    try:
-        compare(asked)
-    except (ConfigError, UserError) as error:
-        parser.error(str(error))
-
-
-def compare(asked: argparse.Namespace) -> None:
-    """One line for every model and change. Raises ConfigError and UserError."""
-    given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_pairs(asked.set)
+    given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_settings(asked.set)
+    models = asked.model.split(",")
+    for name in models:
+        model_class(name)  # refuses a misspelt one before the others are tokenized
     for change in asked.vary:  # a misspelt one would have no line
         build_config(given | read_pairs([change]))
     task = load_task(build_config(given))
     print(f"{'':32s}" + "".join(f"{name:>11s}" for name in COLUMNS.values()) + f"{'seconds':>9s}")
-    for name in asked.model.split(","):
+    for name in models:
         for change in ("", *(v for v in asked.vary if v.startswith(f"{name}."))):
             config = build_config(given | read_pairs([change] if change else []), model=name)
             found, seconds = tokenized(config, task)
@@ -76,4 +76,4 @@ def compare(asked: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

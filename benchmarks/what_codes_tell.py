@@ -17,7 +17,6 @@ For each run of `pmat` or `pmat_mcrl`, on test users:
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.command import Parser, command, number
 from data_utils import Sequences, history_batch
 from experiments.personal import without_newest
 from experiments.runs import Task, load_trained
@@ -170,21 +170,19 @@ def entropy_over_users(codes: np.ndarray) -> float:
 # --------------------------------------------------------------------------- the command
 
 
+@command
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print, one line a run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of pmat or pmat_mcrl runs")
-    parser.add_argument("--users", type=int, default=4000)
+    parser.add_number("--users", 4000, "test users, at random", number(int, 2))
     found = parser.parse_args(arguments)
     for run in found.runs:
-        try:
-            model, config, task = load_trained(run)
-        except UserError as error:
-            parser.error(str(error))
+        model, config, task = load_trained(run)
         if not isinstance(model, PMAT) or model.own.fusion != "early":
-            parser.error(f"{run} is no run of pmat or pmat_mcrl with early fusion.")
+            raise UserError(f"{run} is no run of pmat or pmat_mcrl with early fusion.")
         if model.own.personalised == "random":
-            parser.error(f"{run} has drawn weights: there is no alpha to look at.")
+            raise UserError(f"{run} has drawn weights: there is no alpha to look at.")
         lengths = task.split.train.lengths[task.split.test.users]
         rng, users = np.random.default_rng(0), task.split.test.users[lengths > 1]
         users = np.sort(rng.permutation(users)[: found.users])
@@ -200,4 +198,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

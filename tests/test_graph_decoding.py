@@ -12,3 +12,9 @@ def test_a_walk_over_all_items_finds_what_exact_scores_find(tiny, task, tmp_path
     exact, everything, little = capsys.readouterr().out.splitlines()
     assert exact.split()[1:5] == everything.split()[2:6]
     assert float(little.split()[3]) < float(exact.split()[2])
+
+
+def test_a_model_without_a_graph_is_named(tiny, task, tmp_path, capsys):
+    run(tiny("sasrec"), task, tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert "is a run of sasrec" in capsys.readouterr().err

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import keep_record as records
 from config import build_config
 from experiments.runs import load_ranks, load_task, run
 from main import main
-
-ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("keep_record", ROOT / "benchmarks/keep_record.py")
-records = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(records)
+from util import UserError
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +64,18 @@ def test_the_table_averages_seeds_and_compares_users(kept) -> None:
     theirs = json.loads((place / "popularity_seed42" / "metrics.json").read_text())
     gain = mean - theirs["test_by_masking"]["masked"]["ndcg@10"]
     assert rows["sasrec"][-1].startswith(f"{gain:+.4f} (")
-    with pytest.raises(SystemExit, match="no record 'tiger'; there are popularity, sasrec"):
+    with pytest.raises(UserError, match="no such record; there are popularity, sasrec"):
         records.table(place, against="tiger")
+
+
+def test_a_record_is_no_run_and_of_one_data_set(kept, tmp_path, capsys) -> None:
+    *_, place = kept
+    again, folder = tmp_path / "again", tmp_path / "restored"
+    assert records.main([str(again), str(place / "sasrec_seed42")]) == 2
+    assert "sasrec_seed42 is a record already" in capsys.readouterr().err
+    assert not again.exists()
+    assert records.main([str(place), "--restore", str(folder), "--dataset", "mock"]) == 2
+    assert "is not of --dataset mock" in capsys.readouterr().err
 
 
 def test_mode_report_reads_restored_records(kept, tmp_path, capsys) -> None:
