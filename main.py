@@ -97,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while torch is imported; later, the run says how to go on
+        return 130
 
 
 def __getattr__(name: str) -> Any:

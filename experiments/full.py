@@ -23,7 +23,7 @@ from experiments.efficiency import latencies
 from experiments.hyper import search_and_test, write_hyper
 from experiments.modes import ablation_jobs, conduct, model_jobs, run_jobs
 from experiments.requests import MAY_CHANGE, Request, read_request
-from experiments.runs import METRICS, MODELS, Task, list_length, load_task, model_class, stage_one
+from experiments.runs import MODELS, Task, list_length, load_task, model_class, stage_one
 from experiments.search import import_optuna
 from experiments.tables import Column, Table, write_table
 from metrics import latency_summary
@@ -243,7 +243,7 @@ def _how_it_was_made(folder: Path) -> Section:
     if "data.dataset" in asked:  # a report goes to others: no path of this machine
         asked["data.dataset"] = dataset_name(asked["data.dataset"])
     machine = runs[0].result["environment"]
-    failed = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and _is_unfinished(p)]
+    failed = report.unfinished(folder)
     text = [
         report.protocol(runs),
         "Model selection on valid NDCG@10; tokenizers, graphs and statistics saw the train part "
@@ -256,7 +256,3 @@ def _how_it_was_made(folder: Path) -> Section:
     if failed:
         text.append(f"Not finished, so missing from the tables: {', '.join(failed)}.")
     return Section("How this was made", text)
-
-
-def _is_unfinished(place: Path) -> bool:
-    return "_seed" in place.name and not (place / METRICS).exists()

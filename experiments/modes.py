@@ -91,7 +91,8 @@ def rebuild(request: Request) -> int:
         raise UserError(f"--from {source}: no run in it has finished; go on with --resume {source}")
     _check_same_data(folder, task)
     write(folder, task, None)
-    print(f"\nTables and figures are in {folder}")
+    if config.run.mode != "quick":  # its table is only printed
+        print(f"\nTables and figures are in {folder}")
     return 0
 
 

@@ -75,16 +75,27 @@ class Entry(NamedTuple):
 def read_runs(folder: Path) -> list[Run]:
     """Finished runs in `folder` and right below it, models in the order they are registered."""
     places = [folder, *(path for path in folder.iterdir() if path.is_dir())]
-    runs = [
-        Run(place, json.loads((place / METRICS).read_text(encoding="utf-8")))
-        for place in places
-        if (place / METRICS).exists()
-    ]
+    runs = [Run(place, _stored(place / METRICS)) for place in places if (place / METRICS).exists()]
     _same_protocol(runs)
     order = {name: index for index, name in enumerate(MODELS)}
     return sorted(
         runs, key=lambda r: (order.get(r.model, len(order)), r.label, r.seed, r.folder.name)
     )
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and repeat that run with --resume."
+        ) from None
+
+
+def unfinished(folder: Path) -> list[str]:
+    """Names of the folders of runs in `folder` that were begun and have no result."""
+    places = [path for path in folder.iterdir() if path.is_dir() and "_seed" in path.name]
+    return sorted(place.name for place in places if not (place / METRICS).exists())
 
 
 def _same_protocol(runs: list[Run]) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import our_models
 from experiments import comparisons, plots, plots_ids
 from experiments.personal import IDS, TIMELINE, WEIGHTS
-from experiments.report import Entry, entries, read_runs, text_table
+from experiments.report import Entry, entries, read_runs, text_table, unfinished
 from experiments.runs import Task
 from experiments.tables import Table, write_table
 from util import write_json
@@ -31,6 +31,10 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
         return []
     found = entries(runs)
     main = comparisons.baseline_table(found)
+    missing = [name for name in unfinished(folder) if "--" not in name]  # ablations have a table
+    if missing:
+        said = f"{main.caption} Failed or not finished: {', '.join(missing)}."
+        main = main._replace(caption=said)
     tables = [
         main,
         comparisons.group_table(found, task),

@@ -165,6 +165,8 @@ def test_a_model_that_crashes_is_reported_and_the_others_go_on(
     (folder,) = run_folders(tmp_path)
     table = pd.read_csv(folder / "baseline_results.csv")
     assert set(table["model"]) == {"popularity", "sasrec"}
+    said = (folder / "baseline_results.md").read_text()
+    assert "Failed or not finished: crash_seed42." in said
     assert (folder / "unfinished").exists(), "--resume tries the broken one again"
 
 

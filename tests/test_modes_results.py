@@ -240,6 +240,15 @@ def test_report_rebuilds_the_same_tables_without_training(
     assert "run.model is of a run that trains" in capsys.readouterr().err
 
 
+def test_report_names_a_damaged_file(baseline_folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(baseline_folder, copy)
+    damaged = copy / "pmat_seed42" / "metrics.json"
+    damaged.write_text(damaged.read_text()[:50])
+    assert main(["--mode", "report", "--from", str(copy), f"--log_dir={tmp_path}"]) == 2
+    assert f"{damaged} is damaged" in capsys.readouterr().err
+
+
 def test_report_refuses_other_data(baseline_folder, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(baseline_folder, copy)
