@@ -157,9 +157,10 @@ class BSARec:
 
 
 @dataclass
-class ParallelHeads:
-    """Network of models that predict all digits of an ID at once; sizes of RPG's paper."""
+class RPG:
+    """baseline_models/rpg.py; sizes of the paper: width 448, inner 1024, digits 32 (Beauty)."""
 
+    digits: int = number(32, 1, 1024, "m, digits of a semantic ID")
     codes: int = number(256, 2, 65536, "codes per digit")
     width: int = number(448, 4, 8192, "embedding and hidden width")
     layers: int = number(2, 1, 64, "blocks")
@@ -168,13 +169,6 @@ class ParallelHeads:
     embedding_dropout: float = number(0.5, 0.0, 0.95, "on the input")
     attention_dropout: float = number(0.5, 0.0, 0.95, "on attention weights")
     temperature: float = number(0.03, 1e-4, 10.0, "tau of the digit softmax")
-
-
-@dataclass
-class RPG(ParallelHeads):
-    """baseline_models/rpg.py; sizes of the paper: width 448, inner 1024, digits 32 (Beauty)."""
-
-    digits: int = number(32, 1, 1024, "m, digits of a semantic ID")
     pca: int = number(
         0, 0, 8192, "whitened PCA width before OPQ; 0: 512 of wide features, else 128"
     )
@@ -294,7 +288,7 @@ class FusID(DecoderOnly):
 
 
 @dataclass
-class MMQ(ParallelHeads):
+class MMQ(Seq2Seq):
     """baseline_models/mmq.py; tokenizer of the paper: 2 + 2 experts, 100 codes on public data."""
 
     codes: int = number(100, 2, 65536, "K, codewords of an expert")
@@ -773,29 +767,38 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "mmq": {
         "*": {
             "data.max_history": 20,
-            "train.lr": 1e-3,
-            "train.batch_size": 64,
+            "train.lr": 2e-3,
+            "train.batch_size": 256,
             "train.schedule": "cosine",
-            "train.epochs": 40,
+            "train.warmup_steps": 500,
+            "train.epochs": 12,
             "train.eval_every": 4,
-            "mmq.expert_width": 64,
-            "mmq.tokenizer_steps": 1500,
-            "mmq.tune_epochs": 12,
-            "mmq.width": 256,
-            "mmq.inner": 768,
-            "mmq.embedding_dropout": 0.3,
-            "mmq.attention_dropout": 0.3,
+            "mmq.among": "existing",
+            "mmq.tokenizer_steps": 1000,
+            "mmq.stage_one_lr": 3e-3,
+            "mmq.tune_epochs": 2,
+            "mmq.width": 96,
+            "mmq.layers": 2,
+            "mmq.attention_heads": 4,
+            "mmq.head_width": 24,
+            "mmq.inner": 384,
+            "mmq.history": 10,
+            "mmq.beams": 20,
         },
         "mock": {
-            "train.epochs": 40,
-            "train.lr": 2e-3,
-            "train.eval_every": 2,
+            "train.epochs": 8,
+            "train.batch_size": 128,
+            "train.lr": 3e-3,
+            "train.warmup_steps": 50,
             "mmq.width": 64,
+            "mmq.layers": 1,
+            "mmq.attention_heads": 2,
+            "mmq.head_width": 32,
             "mmq.inner": 128,
             "mmq.codes": 32,
             "mmq.expert_width": 32,
             "mmq.tokenizer_steps": 200,
-            "mmq.tune_epochs": 10,
+            "mmq.tune_epochs": 3,
         },
     },
     "pctx": {

@@ -14,10 +14,9 @@ gradient); tau .1; IDs are refreshed at each epoch of stage two and frozen after
 learns at a hundredth of the generator's rate (at a tenth, 14 to 20 % of all digits change in every
 epoch, and on mock data N@10 halves: .0595, against .1104 and .1126 without stage two). The
 modalities are those there are, each cut to 256 principal components of unit length (the paper has
-text by Qwen3 and pictures by a private encoder). The generator, HeterRec in the paper, is RPG's: an
-item enters as the mean of its token vectors and all digits are predicted at once, as experts give
-them no order; every item is scored, and items that share an ID share its probability by their
-counts in train.
+text by Qwen3 and pictures by a private encoder). The generator is TIGER's instead of HeterRec,
+digits and beams as in tiger.py; items that share an ID share its probability by their counts in
+train.
 Checked against: Beauty R@10 .0675 / N@10 .0384 (their encoders), codebook use 1.00 and entropy near
 ln K; without stage two N@5 falls from .2661 to .1606 on their industrial data.
 """
@@ -34,10 +33,11 @@ from torch import Tensor, nn
 from config import MMQ as Settings
 from config import Config
 from model_parts.base import Batch, TrainingData
+from model_parts.generative import Seq2SeqRecommender, newest_items
 from model_parts.item_vectors import chosen_modalities, item_vectors, rows_in_train
-from model_parts.parallel import ParallelRecommender
 from model_parts.quantisers import Quantised, kmeans
-from model_parts.residual import COMMITMENT, CosineQuantiser, chosen_words, log_shares, revive
+from model_parts.residual import COMMITMENT, CosineQuantiser, chosen_words, revive
+from model_parts.seq2seq import Memory
 from model_parts.stage_one import minimise, seeded
 
 # Steps of stage one between two looks for codes that nothing uses.
@@ -215,11 +215,12 @@ def train_tokenizer(
 # --------------------------------------------------------------------------- model
 
 
-class MMQ(ParallelRecommender):
-    """The tokenizer above and a Transformer that predicts its codes."""
+class MMQ(Seq2SeqRecommender):
+    """The tokenizer above and a T5 that writes its codes."""
 
     name = "mmq"
     ablations = {
+        "digits among all codes": {"mmq.among": "all"},
         "no cosine quantiser": {"mmq.quantiser": "euclidean"},
         "no auxiliary loss": {"mmq.aux": 0.0},
         "no orthogonality": {"mmq.ortho": 0.0},
@@ -229,26 +230,21 @@ class MMQ(ParallelRecommender):
         "train.lr": (3e-4, 3e-3, "log"),
         "mmq.softness": [0.05, 0.1, 0.2],
         "mmq.codes": [32, 100, 256],
-        "mmq.temperature": [0.03, 0.05, 0.07],
+        "mmq.dropout": [0.1, 0.2, 0.3],
     }
 
     inputs: Tensor  # [N, D] modalities in a row, unit length each, zero where missing
     present: Tensor  # [N, M] bool
-    interactions: Tensor  # [N] of train
-    share: Tensor  # [N] log P(item | its ID), 0 where no other item has it
     refreshed: Tensor  # the epoch whose weights the codes are of
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
         own, n_items = config.mmq, config.n_items(catalogue)
         widths = _input_widths(config, catalogue)
-        digits = own.shared + own.specific * len(widths)
-        super().__init__(n_items, own, digits, config.data.max_history)
+        super().__init__(n_items, own, own.shared + own.specific * len(widths))
         self.tokenizer = SharedSpecificTokenizer(widths, own)
         self.tokenizer.requires_grad_(own.tune_epochs > 0)
         self.register_buffer("inputs", torch.zeros(n_items, sum(widths)))
         self.register_buffer("present", torch.ones(n_items, len(widths), dtype=torch.bool))
-        self.register_buffer("interactions", torch.zeros(n_items))
-        self.register_buffer("share", torch.zeros(n_items))
         self.register_buffer("refreshed", torch.tensor(-1))
         self.tuning = False
 
@@ -276,13 +272,8 @@ class MMQ(ParallelRecommender):
             train_tokenizer(self.tokenizer, self.inputs[rows], self.present[rows], generator)
             self.tokenizer.requires_grad_(self.own.tune_epochs > 0)
         items = torch.tensor(data.train.items, dtype=torch.long)
-        self.interactions.copy_(torch.bincount(items, minlength=data.n_items + 1)[1:])
-        self.set_codes(self.tokenizer.encode(self.inputs))
-
-    def set_codes(self, codes: Tensor) -> None:
-        """The IDs of all items [N, L]."""
-        self.codes.copy_(codes)
-        self.share.copy_(log_shares(self.codes, self.interactions))
+        interactions = torch.bincount(items, minlength=data.n_items + 1)[1:]
+        self.set_codes(self.tokenizer.encode(self.inputs), interactions)
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """In stage two, the IDs to predict are those of the tokenizer as it is now."""
@@ -292,16 +283,26 @@ class MMQ(ParallelRecommender):
             self.set_codes(self.tokenizer.encode(self.inputs))
             self.refreshed.fill_(epoch)
 
-    def entering(self, items: Tensor) -> Tensor:
-        """In stage two an item enters through soft codes, with a gradient for the tokenizer."""
+    def read(self, batch: Batch) -> tuple[Memory, Tensor]:
+        """In stage two the history is read through soft codes, else by the IDs of its items."""
         if not (self.training and self.tuning):
-            return super().entering(items)
+            return super().read(batch)
+        batch = newest_items(batch, self.own.history)
+        rows, present = self.history_rows(batch)
+        x = F.pad(self.soft_tokens(batch.items).flatten(1, 2), (0, 0, 0, 1))  # [B, T L + 1, d]
+        place = torch.arange(rows.shape[1], device=rows.device)
+        ends = place == (batch.lengths * self.digits)[:, None]
+        return self.network.encode(torch.where(ends[:, :, None], self.tokens(rows), x), present)
+
+    def soft_tokens(self, items: Tensor) -> Tensor:
+        """Token vectors of items [B, T], with a gradient for the tokenizer: [B, T, L, d]."""
         distinct, place = items.unique(return_inverse=True)
-        inputs = self.inputs[distinct - 1]
+        inputs = self.inputs[(distinct - 1).clamp(min=0)]
         with torch.autocast(inputs.device.type, enabled=False):  # half precision changes codes
-            codes = self.tokenizer.soft_codes(inputs, self.own.softness)  # [U, L, K]
-        vectors = codes.flatten(1) @ self.tokens.weight[1:-1] / self.digits
-        return F.embedding(place, vectors)
+            codes = self.tokenizer.soft_codes(inputs, self.own.softness)
+        words = self.tokens.weight[: self.digits * self.n_codes].unflatten(0, (self.digits, -1))
+        vectors = torch.bmm(codes.transpose(0, 1), words).transpose(0, 1)  # [U, L, d]
+        return F.embedding(place, vectors.flatten(1)).unflatten(2, (self.digits, -1))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of the next ID; in stage two also .5 L_recon + .5 L_aux on the items."""
@@ -311,13 +312,9 @@ class MMQ(ParallelRecommender):
             weight = self.own.tune
             auxiliary = weight if self.own.aux else 0.0
             inputs, present = self.inputs[rows], self.present[rows]
-            with torch.autocast(inputs.device.type, enabled=False):  # as in `entering`
+            with torch.autocast(inputs.device.type, enabled=False):  # as in `soft_tokens`
                 parts |= self.tokenizer.losses(inputs, present, weight, auxiliary, _TUNED_CODEBOOK)
         return parts
-
-    def score(self, batch: Batch) -> Tensor:
-        """[B, N] log-probability of each item: of all its digits, and its share of their ID."""
-        return super().score(batch) * self.digits + self.share
 
 
 def _input_widths(config: Config, catalogue: Any) -> list[int]:

@@ -23,21 +23,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Config
-from model_parts.base import Batch, TrainingData
-from model_parts.decoding import graph_walk, similarity_graph
+from model_parts.backbone import Positions, PreNormBlock, at_last, init_weights
+from model_parts.base import Batch, Recommender, TrainingData
+from model_parts.decoding import (
+    digit_cross_entropy,
+    digit_heads,
+    graph_walk,
+    score_all_items,
+    similarity_graph,
+    token_rows,
+)
 from model_parts.item_vectors import chosen_modalities, item_vectors, rows_in_train
-from model_parts.parallel import ParallelRecommender
 from model_parts.quantisers import ProductQuantiser, projected_codewords
 
 _WALK_SEED = 2024
+_INIT_STD = 0.02
 # Of token vectors that start as codewords: so long that the first, noisy steps do not undo them.
 _CODEWORD_STD = 0.3
 
 
-class RPG(ParallelRecommender):
+class RPG(Recommender):
     """Semantic IDs from text, a causal Transformer on them, m digit heads on top."""
 
     name = "rpg"
@@ -48,11 +56,37 @@ class RPG(ParallelRecommender):
         "rpg.digits": [8, 16, 32, 64],
     }
 
+    codes: Tensor  # [N, m] int64, row i-1 is item i
+
     def __init__(self, config: Config, catalogue: Any = None) -> None:
+        super().__init__()
         own = config.rpg
-        super().__init__(config.n_items(catalogue), own, own.digits, config.data.max_history)
+        self.own = own
+        self.n_codes = own.codes
+        n_items = config.n_items(catalogue)
+        # row 0 is padding, code c of digit j is row c + K j + 1, the last row is the paper's EOS
+        self.tokens = nn.Embedding(own.digits * own.codes + 2, own.width, padding_idx=0)
+        self.positions = Positions(config.data.max_history, own.width, from_end=False)
+        self.dropout = nn.Dropout(own.embedding_dropout)
+        self.blocks = nn.ModuleList(
+            PreNormBlock(own.width, own.heads, own.inner, 0.0, own.attention_dropout)
+            for _ in range(own.layers)
+        )
+        self.norm = nn.LayerNorm(own.width, eps=1e-12)
+        self.heads = nn.Linear(own.width, own.digits * own.width)  # W_1..W_m in one product
+        self.register_buffer("codes", torch.zeros(n_items, own.digits, dtype=torch.int64))
         self._graph: Tensor | None = None
         self.register_load_state_dict_post_hook(lambda model, _: model.forget_graph())
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        init_weights(self, _INIT_STD)
+        for block in self.blocks:  # GPT-2: residual branches start smaller the deeper the network
+            for layer in (block.attention.project_out, block.feed_forward.contract):
+                nn.init.normal_(layer.weight, std=_INIT_STD / math.sqrt(2 * self.own.layers))
+        nn.init.zeros_(self.heads.weight)
+        bound = 1 / math.sqrt(self.own.width)
+        nn.init.uniform_(self.heads.bias, -bound, bound)
 
     # ----------------------------------------------------------------- tokenizer
 
@@ -84,18 +118,46 @@ class RPG(ParallelRecommender):
                 self.tokens.weight[1:-1] = rows * _CODEWORD_STD * math.sqrt(self.own.width)
         return codes
 
-    # ----------------------------------------------------------------- items
+    # ----------------------------------------------------------------- network
+
+    def encode(self, batch: Batch) -> Tensor:
+        """[B, T, d], the state after each position."""
+        B, T = batch.items.shape
+        present = batch.items > 0
+        tokens = token_rows(self.codes[batch.items[present] - 1], self.own.codes) + 1
+        vectors = F.embedding_bag(tokens, self.tokens.weight, mode="mean")  # [P, d]
+        x = vectors.new_zeros(B, T, self.own.width).masked_scatter(present[:, :, None], vectors)
+        x = self.dropout(x + self.positions(batch.lengths, T))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def digit_tokens(self) -> Tensor:
+        """The token table as unit vectors of each digit, [m, K, d]."""
+        rows = self.tokens.weight[1:-1].view(self.own.digits, self.own.codes, self.own.width)
+        return F.normalize(rows.float(), dim=2)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """See the base class; weights are about to change."""
+        """Cross-entropy of the next item's digits, mean over positions and digits (eq. 3)."""
         self.forget_graph()
-        return super().loss(batch)
+        wanted = batch.targets > 0
+        states = self.encode(batch)[wanted]  # [P, d]
+        tokens = self.digit_tokens() / self.own.temperature
+        codes = self.codes[batch.targets[wanted] - 1]
+        head = self.heads
+        return {"digits": digit_cross_entropy(states, head.weight, head.bias, tokens, codes)}
+
+    # ----------------------------------------------------------------- items
 
     def score(self, batch: Batch) -> Tensor:
         """[B, N] mean log-probability of each item's digits; -inf where a graph walk was not."""
+        last = at_last(self.encode(batch), batch.lengths)
+        heads = digit_heads(last, self.heads.weight, self.heads.bias)  # [B, m, d]
+        tokens = self.digit_tokens() / self.own.temperature
+        logits = torch.bmm(heads.transpose(0, 1), tokens.transpose(1, 2))  # [m, B, K]
+        table = torch.log_softmax(logits.float(), dim=2).transpose(0, 1)  # [B, m, K]
         if self.own.decoding == "exhaustive":
-            return super().score(batch)
-        table = self.log_probabilities(batch)
+            return score_all_items(table, self.codes)
         generator = torch.Generator().manual_seed(_WALK_SEED)
         pool = graph_walk(
             table, self.codes, self.graph(), self.own.beams, self.own.steps, generator
@@ -115,3 +177,12 @@ class RPG(ParallelRecommender):
     def forget_graph(self) -> None:
         """To be called when codes, weights or `edges` have changed."""
         self._graph = None
+
+    def item_ids(self, batch: Batch | None = None) -> Tensor:
+        """The codes, [N, m]: the same for every user."""
+        return self.codes
+
+    def describe(self) -> dict[str, Any]:
+        """Adds the share of items whose ID nobody else has."""
+        counts = torch.unique(self.codes, dim=0, return_counts=True)[1]
+        return super().describe() | {"unique_ids": int((counts == 1).sum()) / len(self.codes)}

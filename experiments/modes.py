@@ -155,11 +155,17 @@ def _alone(jobs: list[Job], folder: Path) -> list[Job]:
 
 
 def ablation_jobs(request: Request, names: list[str], folder: Path) -> list[Job]:
-    """Full models under the names mode baseline gives them, and every declared ablation."""
+    """Full models under the names mode baseline gives them, and every declared ablation.
+
+    An ablation whose settings are those of the full model, as presets may have it, is left out.
+    """
     jobs = []
     for name in names:
+        full = comparable(request.config(name))
         variants = {"": {}} | model_class(name).ablations
         for label, overrides in variants.items():
+            if label and comparable(request.config(name, overrides)) == full:
+                continue
             part = f"{name}--{_slug(label)}" if label else name
             changes = {**overrides, "run.label": label} if label else {}
             jobs += [

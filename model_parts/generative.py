@@ -31,9 +31,12 @@ from model_parts.backbone import init_weights
 from model_parts.base import Batch, Recommender
 from model_parts.beam import beam_search
 from model_parts.decoding import token_rows
-from model_parts.residual import colliding_share, log_shares
+from model_parts.residual import colliding_share
 from model_parts.seq2seq import Cache, DecoderOnly, EncoderDecoder, Memory, keep_beams
 from model_parts.trie import Trie
+
+# Interactions that an item is taken to have had besides those of train, among items with its ID.
+_PRIOR = 0.3
 
 
 class GenerativeRecommender(Recommender):
@@ -66,7 +69,10 @@ class GenerativeRecommender(Recommender):
         self.codes.copy_(codes)
         if interactions is not None:
             self.interactions.copy_(interactions)
-        self.share.copy_(log_shares(self.codes, self.interactions))
+        group = torch.unique(self.codes, dim=0, return_inverse=True)[1]
+        own = self.interactions + _PRIOR
+        whole = torch.zeros_like(own).index_add(0, group, own)
+        self.share.copy_((own / whole[group]).log())
         self.forget_trie()
 
     def identifiers(self) -> tuple[Tensor, Tensor]:

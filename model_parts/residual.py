@@ -24,8 +24,6 @@ from model_parts.stage_one import minimise
 
 # Pull of a vector to its codeword against that of the codeword to the vector (TIGER, LETTER).
 COMMITMENT = 0.25
-# Interactions that an item is taken to have had besides those of train, among items with its ID.
-_PRIOR = 0.3
 # Steps between two looks for codes that nothing uses.
 _REVIVE_EVERY = 50
 # Points that codebooks start from, for each code.
@@ -304,12 +302,3 @@ def colliding_share(codes: Tensor) -> float:
     """Share of items whose ID another item has as well."""
     group, counts = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)[1:]
     return float((counts[group] > 1).float().mean())
-
-
-def log_shares(codes: Tensor, interactions: Tensor) -> Tensor:
-    """log P(item | its ID), [N]: items that share an ID share it as they share `interactions` [N]
-    of train, of which each is taken to have had a few more. 0 for an ID of one's own."""
-    group = torch.unique(codes, dim=0, return_inverse=True)[1]
-    own = interactions + _PRIOR
-    whole = torch.zeros_like(own).index_add(0, group, own)
-    return (own / whole[group]).log()

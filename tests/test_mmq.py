@@ -175,8 +175,7 @@ def some_model(**own: Any) -> MMQ:
     config = Config()
     config.data.max_history = 5
     sizes = {
-        "width": 16, "layers": 1, "heads": 2, "inner": 16, "embedding_dropout": 0.0,
-        "attention_dropout": 0.0,
+        "width": 16, "layers": 1, "attention_heads": 2, "head_width": 8, "inner": 16, "dropout": 0.0
     }  # fmt: skip
     config.mmq = dataclasses.replace(config.mmq, **(SMALL | sizes | {"tune_epochs": 2} | own))
     x, present = items()
@@ -257,22 +256,11 @@ def test_the_loop_takes_over_the_share_of_the_learning_rate(tiny, task, tmp_path
     assert tokenizer == pytest.approx(0.25 * whole) and whole > 0
 
 
-@torch.no_grad()
-def test_probabilities_of_all_ids_add_up_to_one() -> None:
-    model = some_model(codes=3, shared=1, specific=1).eval()
-    every = torch.cartesian_prod(*[torch.arange(3)] * 3)  # 27 IDs, the first 26 with one item each
-    model.interactions.copy_(torch.arange(200.0))
-    model.set_codes(torch.cat([every[:26], every[26:].expand(174, 3)]))
-    scores = model.score(some_batch())
-    torch.testing.assert_close(scores.exp().sum(1), torch.ones(3))
-
-
 def test_of_items_that_share_an_id_the_popular_one_comes_first() -> None:
     model = some_model()
     interactions = torch.ones(200)
     interactions[[5, 9]] = torch.tensor([7.0, 3.0])
-    model.interactions.copy_(interactions)
-    model.set_codes(torch.zeros(200, 6, dtype=torch.long))
+    model.set_codes(torch.zeros(200, 6, dtype=torch.long), interactions)
     scores = model.eval().score(some_batch())
     assert bool((scores.topk(2).indices == torch.tensor([5, 9])).all())
     share = (scores - scores.logsumexp(1, keepdim=True)).exp()  # of the one ID

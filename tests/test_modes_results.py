@@ -346,7 +346,8 @@ def test_groups_of_data_without_features_or_truth(task):
 def test_ablations_are_compared_with_their_full_model(
     mode_flags, tmp_path, trained, monkeypatch, newest
 ):
-    monkeypatch.setattr(model_class("pmat"), "ablations", TWO)
+    idle = {"the same": {"pmat.dynamic": True}}  # changes nothing and is not trained
+    monkeypatch.setattr(model_class("pmat"), "ablations", TWO | idle)
     assert main(["--mode", "ablation", "--model", "pmat", *mode_flags]) == 0
     assert trained == ["pmat_seed42", "pmat--no-shared-digits_seed42", "pmat--even-weights_seed42"]
     folder = newest(tmp_path)
