@@ -308,7 +308,7 @@ def whitened_pca(features: Tensor, fit_rows: Tensor, width: int, explained: floa
     """
     fitted = features[fit_rows]
     if len(fitted) < 2:
-        raise ValueError("fewer than two items of the train part have any")
+        raise ValueError("whitening needs at least two items with features")
     # from the first row, so that rows all alike leave exactly zero and no rounding noise
     mean = fitted[0] + (fitted - fitted[0]).mean(0)
     fitted = fitted - mean
@@ -316,7 +316,7 @@ def whitened_pca(features: Tensor, fit_rows: Tensor, width: int, explained: floa
     variances, axes = variances.flip(0), axes.flip(1)  # largest first
     rank = int((variances > _NEGLIGIBLE * variances[0]).sum()) if variances[0] > 0 else 0
     if rank == 0:
-        raise ValueError("they are the same for all items, so there is nothing to quantise")
+        raise ValueError("the features of all items are the same: there is nothing to quantise")
     shares = variances.clamp(min=0).cumsum(0) / variances.clamp(min=0).sum()
     enough = int((shares < explained - _NEGLIGIBLE).sum()) + 1
     kept = min(width, rank, enough)

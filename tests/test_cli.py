@@ -358,7 +358,7 @@ def test_features_that_are_the_same_for_all_items_are_named(
     folder = own_data(tmp_path, write_folder, text=np.ones((9, 5), np.float32))
     arguments = [*quick, "--model", model, "--dataset", str(folder), "--set", "data.cache=false"]
     error = refused(arguments, tmp_path, capsys)
-    assert "features 'text'" in error and "the same for all items" in error
+    assert "features 'text'" in error and "of all items are the same" in error
 
 
 def test_data_without_held_out_items_are_one_line(quick, tmp_path, capsys, write_folder):

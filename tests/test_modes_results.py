@@ -396,7 +396,7 @@ def test_few_users_and_fewer_modalities_have_all_tables(
 def test_any_model_with_a_declared_dictionary_can_be_ablated(
     mode_flags, tmp_path, trained, monkeypatch, fast_outputs, newest
 ):
-    monkeypatch.setattr(model_class("sasrec"), "ablations", {"one layer": {"sasrec.layers": 1}})
+    monkeypatch.setattr(model_class("sasrec"), "ablations", {"three layers": {"sasrec.layers": 3}})
     assert main(["--mode", "ablation", "--model", "sasrec", "--seeds", "2", *mode_flags]) == 0
     assert len(trained) == 4
     table = pd.read_csv(newest(tmp_path) / "ablation_results.csv")

@@ -280,7 +280,7 @@ def test_items_that_are_all_the_same_are_refused(n_items: int, value: float) -> 
 
 @pytest.mark.parametrize("n_fitted", [0, 1])
 def test_whitening_needs_two_items(n_fitted: int) -> None:
-    with pytest.raises(ValueError, match="fewer than two items"):
+    with pytest.raises(ValueError, match="at least two items"):
         whitened_pca(correlated(5, 3), torch.arange(5) < n_fitted, 2)
 
 
