@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.command import Parser, command, number, share
+from config import build_config, read_pairs
+from experiments.runs import load_task, run
 from util import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +55,9 @@ def test_a_misspelt_flag_is_named(script, capsys):
         ("epoch_cost", "--set run.model=sasrec", "--set run.model"),
         ("epoch_time", "--dataset nowhere", "dataset 'nowhere' was not found"),
         ("epoch_time", "--dataset mock --batch_size 9999", "--batch_size 9999"),
+        ("exchange_ids", "--ids pctx", "pctx does not write the digits of one fixed ID"),
+        ("exchange_ids", "--generator sasrec", "sasrec does not write the digits"),
+        ("exchange_ids", "--generator cofirec --ids letter", "cofirec writes 5 digits"),
         ("follow_drift", "nowhere --known 2", "--known: wants a number from 0 to 1, not '2'"),
         ("graph_decoding", "nowhere --walks 1,2", "--walks"),
         ("graph_memory", "--share x", "--share"),
@@ -74,6 +80,18 @@ def test_a_misspelt_flag_is_named(script, capsys):
 )
 def test_a_wrong_value_is_named(script, flags, message, capsys):
     assert message in mistake(capsys, script, *flags.split())
+
+
+def test_a_generator_on_its_own_ids_is_the_model(capsys, tmp_path):
+    same = ["mock.n_users=60", "mock.n_items=40", "train.epochs=3", "train.eval_every=1"]
+    flags = [part for pair in same for part in ("--set", pair)]
+    arguments = ["--generator", "tiger", "--ids", "tiger", "--until", "2", *flags]
+    assert importlib.import_module("benchmarks.exchange_ids").main(arguments) == 0
+    config = build_config({"run.mode": "baseline", "run.model": "tiger"} | read_pairs(same))
+    run(config, load_task(config), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
+    shown = "  ".join(f"{row['epoch']}: {row['valid']['ndcg@10']:.4f}" for row in rows[:2])
+    assert capsys.readouterr().out.strip().endswith(shown)
 
 
 def test_a_script_ends_with_the_code_and_no_traceback():

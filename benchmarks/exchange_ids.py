@@ -1,0 +1,115 @@
+"""Is it the IDs or the generator? Trains the generator of one model on the IDs of others.
+
+    python benchmarks/exchange_ids.py --dataset ../shared/data/beauty --generator fusid --ids tiger
+
+For models that write one ID for each item (tiger, letter, cofirec, fusid), of as many digits and
+codes. The generator keeps its preset and schedule; `--until` ends it early. Printed for every set
+of IDs: NDCG@10 on valid after each evaluation (`--set train.eval_every=N`). Test is not looked at.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.command import Parser, command, read_settings
+from benchmarks.epoch_cost import prepared
+from config import Config, build_config
+from experiments.evaluation import evaluate
+from experiments.runs import Task, load_task, model_class
+from experiments.training import Trainer
+from metrics import ranking_metrics
+from model_parts.generative import GenerativeRecommender
+from util import UserError, pick_device, seed_everything, stream_seed
+
+
+class _Enough(Exception):
+    """As many epochs as were asked for are done."""
+
+
+def one_id_an_item(name: str) -> type[GenerativeRecommender]:
+    """The class of a model whose `prepare` does no more than to give every item its one ID.
+
+    Raises UserError for another one, ConfigError for one that there is not.
+    """
+    found = model_class(name)
+    plain = issubclass(found, GenerativeRecommender) and all(
+        getattr(found, part) is getattr(GenerativeRecommender, part)
+        for part in ("identifiers", "history_codes", "begin_epoch")
+    )
+    if not plain:
+        raise UserError(f"{name} does not write the digits of one fixed ID for every item.")
+    return found
+
+
+def curve(config: Config, task: Task, codes: Tensor, until: int) -> list[tuple[int, float]]:
+    """Valid NDCG@10 by epoch of the generator `config.run.model` on IDs `codes` [N, L]."""
+    device, split = pick_device(config.run.device), task.split
+    seed_everything(config.run.seed)
+    model: Any = model_class(config.run.model)(config, task.dataset.catalogue).to(device)
+    if codes.shape != model.codes.shape or int(codes.max()) >= model.n_codes:
+        raise UserError(
+            f"{model.name} writes {model.digits} digits of {model.n_codes} codes, not these IDs of "
+            f"{codes.shape[1]}: --set their digits and codes alike."
+        )
+    items = torch.tensor(split.train.items, dtype=torch.long)
+    interactions = torch.bincount(items, minlength=len(codes) + 1)[1:].float()
+    model.set_codes(codes, interactions.to(device))
+
+    def validate() -> dict[str, float]:
+        found = evaluate(model, split.train, split.valid, config, device, note="valid")
+        return ranking_metrics(found.masked if config.train.mask_seen else found.unmasked)
+
+    rows: list[dict[str, Any]] = []
+
+    def after_epoch(done: list[dict[str, Any]]) -> None:
+        rows[:] = done
+        if len(done) >= until:
+            raise _Enough
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model, split.train, config, Path(scratch), device, validate, "", after_epoch
+        )
+        seed_everything(stream_seed(config.run.seed, "train", 0))  # own IDs: the run of main.py
+        with suppress(_Enough):
+            trainer.fit()
+    return [(row["epoch"], row["valid"]["ndcg@10"]) for row in rows if row.get("valid")]
+
+
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Train and print."""
+    parser = Parser(__doc__)
+    parser.add_argument("--dataset", default="mock", help="as in main.py (default mock)")
+    parser.add_argument("--generator", default="tiger", help="what is trained (default tiger)")
+    parser.add_argument(
+        "--ids", default="tiger,letter", help="whose IDs, with commas (default tiger,letter)"
+    )
+    parser.add_number("--until", None, "epochs to train of those in the schedule")
+    parser.add_settings()
+    asked = parser.parse_args(arguments)
+    given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_settings(asked.set)
+    makers = asked.ids.split(",")
+    for name in (asked.generator, *makers):
+        one_id_an_item(name)  # refuses a misspelt one before anything is trained
+    config = build_config(given, model=asked.generator)
+    until = asked.until or config.train.epochs
+    task = load_task(config)
+    for name in makers:
+        maker, _ = prepared(build_config(given, model=name), task, torch.device("cpu"))
+        found = curve(config, task, maker.codes, until)
+        shown = "  ".join(f"{epoch}: {ndcg:.4f}" for epoch, ndcg in found)
+        print(f"{asked.generator} on IDs of {name}, valid NDCG@10 by epoch  {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
