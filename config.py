@@ -296,6 +296,7 @@ class MMQ(Seq2Seq):
     specific: int = number(2, 1, 64, "experts of each modality")
     expert_width: int = number(256, 4, 8192, "width of experts and codewords")
     quantiser: str = choice("cosine", ("cosine", "euclidean"), "what the nearest codeword is")
+    revive: bool = setting(True, "codes that nothing uses start anew in stage one")
     recon: float = number(12.0, 0.0, 1e3, "weight of the reconstruction in stage one")
     aux: float = number(10.0, 0.0, 1e3, "weight of each modality's own reconstruction; 0: never")
     ortho: float = number(0.005, 0.0, 1e3, "weight of the orthogonality of experts")
@@ -874,8 +875,15 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """Dotted key -> value of a YAML overlay. Raises ConfigError for a file that is none."""
-    return read_sections(path, {section.name for section in dataclasses.fields(Config)})
+    """Dotted key -> value of a YAML overlay.
+
+    Raises ConfigError for a file that is none, or has a setting that cannot be.
+    """
+    found = read_sections(path, {section.name for section in dataclasses.fields(Config)})
+    tried = Config()
+    for key, value in found.items():  # once here, where the file's name is known
+        assign(tried, key, value, path)
+    return found
 
 
 def dataset_name(dataset: str) -> str:

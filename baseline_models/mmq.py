@@ -203,7 +203,8 @@ def train_tokenizer(
         with torch.no_grad():
             latents = tokenizer.latents(chunk)
             used.scatter_(1, quantiser.encode(latents).T, True)
-            if (step + 1) % _REVIVE_EVERY == 0 and step + _REVIVE_EVERY < own.tokenizer_steps:
+            due = (step + 1) % _REVIVE_EVERY == 0 and step + _REVIVE_EVERY < own.tokenizer_steps
+            if own.revive and due:
                 revive(quantiser.codebooks, used, latents.transpose(0, 1), generator)
                 used.zero_()
         parts = tokenizer.losses(chunk, present[rows], own.recon, own.aux)
@@ -222,6 +223,7 @@ class MMQ(Seq2SeqRecommender):
     ablations = {
         "digits among all codes": {"mmq.among": "all"},
         "no cosine quantiser": {"mmq.quantiser": "euclidean"},
+        "dead codes stay dead": {"mmq.revive": False},
         "no auxiliary loss": {"mmq.aux": 0.0},
         "no orthogonality": {"mmq.ortho": 0.0},
         "no stage two": {"mmq.tune_epochs": 0},

@@ -185,6 +185,8 @@ def test_sections_and_dotted_keys(tmp_path):
         (b"\xff\xfe\xfa", "is not YAML"),
         (b"train: {lr: 2020-13-45}", "is not YAML: month must be in 1..12"),
         (b"a: !!python/object/apply:os.system ['true']", "is not YAML"),
+        (b"train: {lr: 99}", "bad.yaml: train.lr lies between"),
+        (b"train: {lrr: 1}", "bad.yaml: there is no setting 'train.lrr'"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, said):

@@ -157,6 +157,23 @@ def test_stage_one_rebuilds_items_and_uses_its_codebooks() -> None:
 # ---- stage two -----------------------------------------------------------------------------------
 
 
+def test_dead_codes_start_anew_unless_switched_off(monkeypatch) -> None:
+    x, present = items()
+    used = {}
+    for revive in (True, False):
+        made = tokenizer(revive=revive)
+        far = torch.zeros_like(made.quantiser.codebooks)
+        far[..., 0] = 1  # all codewords alike: the first takes all items
+        monkeypatch.setattr(made.quantiser, "start", lambda *_, c=made, f=far: _set(c, f))
+        train_tokenizer(made, x, present, random())
+        used[revive] = min(len(column.unique()) for column in made.encode(x).T)
+    assert used[False] <= 4 and used[True] >= 12
+
+
+def _set(made: SharedSpecificTokenizer, words: torch.Tensor) -> None:
+    made.quantiser.codebooks.data.copy_(words)
+
+
 def test_soft_codes_are_one_hot_in_value_and_soft_in_gradient() -> None:
     made = tokenizer()
     x, _ = items(9)
