@@ -9,11 +9,12 @@ import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from benchmarks.command import Parser, command, number, share
 from config import build_config, read_pairs
-from experiments.runs import load_task, run
+from experiments.runs import load_ranks, load_task, run
 from util import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +74,7 @@ def test_a_misspelt_flag_is_named(script, capsys):
         ("read_ratings", "--ratings 0", "--ratings"),
         ("read_ratings", "--folder nowhere", "--folder nowhere"),
         ("serving_latency", "--items 0", "--items"),
+        ("shared_ids", "nowhere elsewhere", "nowhere is no folder of a finished run"),
         ("tokenizers", "--model letter --vary leter.codes=8", "Did you mean 'letter.codes'"),
         ("tokenizers", "--model pmat --set data.features=none", "PMAT needs item features"),
         ("what_codes_tell", "nowhere --users 1", "--users"),
@@ -92,6 +94,26 @@ def test_a_generator_on_its_own_ids_is_the_model(capsys, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
     shown = "  ".join(f"{row['epoch']}: {row['valid']['ndcg@10']:.4f}" for row in rows[:2])
     assert capsys.readouterr().out.strip().endswith(shown)
+
+
+def test_users_are_grouped_by_how_many_share_the_id_of_their_target(capsys, tmp_path):
+    small = ["mock.n_users=60", "mock.n_items=40", "train.epochs=1", "fusid.codes=3"]
+    places = [tmp_path / name for name in ("fusid", "popularity")]
+    for place in places:
+        chosen = {"run.mode": "baseline", "run.model": place.name}
+        config = build_config(chosen | read_pairs(small))
+        place.mkdir()
+        run(config, load_task(config), place)
+    assert importlib.import_module("benchmarks.shared_ids").main([*map(str, places)]) == 0
+    rows = capsys.readouterr().out.strip().splitlines()[-3:]
+    ids = pd.read_csv(places[0] / "semantic_ids.csv").set_index("item_id")["digits"]
+    targets = load_ranks(places[0] / "ranks.npz", mask_seen=True).targets
+    sizes = ids.map(ids.value_counts()).to_numpy()[targets - 1]
+    counts = [(sizes == 1).sum(), (sizes == 2).sum(), (sizes > 2).sum()]
+    assert [int(row[16:24]) for row in rows] == counts and counts[0] and counts[1]
+    assert "popularity, which has not one ID" in mistake(
+        capsys, "shared_ids", str(places[1]), str(places[0])
+    )
 
 
 def test_a_script_ends_with_the_code_and_no_traceback():
