@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from config import ConfigError, read_pairs
+from experiments.training import Stopped
 from util import UserError
 
 CHOSEN = ("run.mode", "run.model", "data.dataset")  # by a script or a flag of its own, not by --set
@@ -17,7 +18,8 @@ Number = Callable[[str], float]  # a type of argparse
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Make of `main(arguments)` a function that returns the exit code: 2 for a user's mistake."""
+    """Make of `main(arguments)` a function that returns the exit code: 2 for a user's mistake,
+    130 when it was interrupted."""
 
     @functools.wraps(main)
     def run(arguments: list[str] | None = None) -> int:
@@ -29,6 +31,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             if error.filename is None:  # not of a file that the user named
                 raise
             print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        except (Stopped, KeyboardInterrupt):
+            print("Stopped.", file=sys.stderr)
+            return 130
         return 2
 
     return run

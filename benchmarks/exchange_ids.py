@@ -3,8 +3,9 @@
     python benchmarks/exchange_ids.py --dataset ../shared/data/beauty --generator fusid --ids tiger
 
 For models that write one ID for each item (tiger, letter, cofirec, fusid), of as many digits and
-codes. The generator keeps its preset and schedule; `--until` ends it early. Printed for every set
-of IDs: NDCG@10 on valid after each evaluation (`--set train.eval_every=N`). Test is not looked at.
+codes; IDs may also be those of mmq after stage one. The generator keeps its preset and schedule;
+`--until` ends it early. Printed for every set of IDs: NDCG@10 on valid after each evaluation
+(`--set train.eval_every=N`). Test is not looked at.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ class _Enough(Exception):
     """As many epochs as were asked for are done."""
 
 
-def one_id_an_item(name: str) -> type[GenerativeRecommender]:
-    """The class of a model whose `prepare` does no more than to give every item its one ID.
+def check_roles(generator: str, makers: list[str]) -> None:
+    """Raises UserError where a model cannot play its part, ConfigError where there is none.
 
-    Raises UserError for another one, ConfigError for one that there is not.
+    Makers give every item one ID; the generator also reads and writes no other IDs than that.
     """
-    found = model_class(name)
-    plain = issubclass(found, GenerativeRecommender) and all(
-        getattr(found, part) is getattr(GenerativeRecommender, part)
-        for part in ("identifiers", "history_codes", "begin_epoch")
-    )
-    if not plain:
-        raise UserError(f"{name} does not write the digits of one fixed ID for every item.")
-    return found
+    alone = (generator,)
+    plain_in = {"identifiers": (*alone, *makers), "history_codes": alone, "begin_epoch": alone}
+    for part, names in plain_in.items():
+        for name in names:
+            found = model_class(name)
+            plain = issubclass(found, GenerativeRecommender)
+            if not plain or getattr(found, part) is not getattr(GenerativeRecommender, part):
+                raise UserError(f"{name} does not write the digits of one fixed ID for every item.")
 
 
 def curve(config: Config, task: Task, codes: Tensor, until: int) -> list[tuple[int, float]]:
@@ -99,8 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_settings(asked.set)
     makers = asked.ids.split(",")
-    for name in (asked.generator, *makers):
-        one_id_an_item(name)  # refuses a misspelt one before anything is trained
+    check_roles(asked.generator, makers)
     config = build_config(given, model=asked.generator)
     until = asked.until or config.train.epochs
     task = load_task(config)

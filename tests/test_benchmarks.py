@@ -125,10 +125,15 @@ def test_a_script_ends_with_the_code_and_no_traceback():
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def interrupted(arguments: list[str] | None) -> None:
+    raise KeyboardInterrupt
+
+
 def test_exit_codes_and_defects_pass_through(tmp_path):
     assert command(lambda arguments: None)() == 0
     assert command(lambda arguments: 1)() == 1
     assert command(lambda arguments: (tmp_path / "nowhere").read_text())() == 2
+    assert command(interrupted)() == 130
     with pytest.raises(ZeroDivisionError):
         command(lambda arguments: 1 / 0)()
 
