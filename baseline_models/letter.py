@@ -53,7 +53,7 @@ class LETTER(Seq2SeqRecommender):
     }
     search_space = {
         "train.lr": (3e-4, 3e-3, "log"),
-        "letter.alpha": [0.005, 0.01, 0.02, 0.05, 0.1],
+        "letter.alpha": (0.005, 5.0, "log"),
         "letter.beta": [1e-5, 1e-4, 1e-3],
         "letter.temperature": [0.7, 0.8, 0.9, 1.0],
     }
