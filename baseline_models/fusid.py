@@ -212,7 +212,6 @@ class FusID(DecoderRecommender):
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
         """Stage one, on train interactions and the features of items that occur in them."""
-        items = torch.tensor(data.train.items, dtype=torch.long)
-        interactions = torch.bincount(items, minlength=data.n_items + 1)[1:].float()
+        interactions = data.counts.float()
         codes = build_ids(data, interactions, self.own, self.codes.device, generator)
         self.set_codes(codes, interactions)

@@ -273,9 +273,7 @@ class MMQ(Seq2SeqRecommender):
             self.tokenizer.requires_grad_(True)
             train_tokenizer(self.tokenizer, self.inputs[rows], self.present[rows], generator)
             self.tokenizer.requires_grad_(self.own.tune_epochs > 0)
-        items = torch.tensor(data.train.items, dtype=torch.long)
-        interactions = torch.bincount(items, minlength=data.n_items + 1)[1:]
-        self.set_codes(self.tokenizer.encode(self.inputs), interactions)
+        self.set_codes(self.tokenizer.encode(self.inputs), data.counts)
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """In stage two, the IDs to predict are those of the tokenizer as it is now."""

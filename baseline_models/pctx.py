@@ -230,8 +230,7 @@ class Pctx(Seq2SeqRecommender):
         """Contexts and IDs, from train interactions only. Raises ValueError without features."""
         own = self.own
         modalities = chosen_modalities(data.catalogue, "all", "Pctx")
-        rows = torch.tensor(data.train.items, dtype=torch.long) - 1
-        counts = torch.bincount(rows, minlength=data.n_items)
+        rows, counts = torch.tensor(data.train.items, dtype=torch.long) - 1, data.counts
         features, _ = item_vectors(modalities, counts > 0, _FEATURE_WIDTH, whiten=True)
         with seeded(generator):
             train_contexts(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +22,7 @@ class Popularity(Recommender):
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
         """Count train interactions of each item."""
-        counts = np.bincount(data.train.items, minlength=data.n_items + 1)[1:]
-        self.counts.copy_(torch.from_numpy(counts))
+        self.counts.copy_(data.counts)
 
     def score(self, batch: Batch) -> Tensor:
         """[B, N], every row the counts."""

@@ -38,6 +38,7 @@ from model_parts.decoding import (
 )
 from model_parts.item_vectors import chosen_modalities, item_vectors, rows_in_train
 from model_parts.quantisers import ProductQuantiser, projected_codewords
+from model_parts.residual import colliding_share
 
 _WALK_SEED = 2024
 _INIT_STD = 0.02
@@ -184,5 +185,4 @@ class RPG(Recommender):
 
     def describe(self) -> dict[str, Any]:
         """Adds the share of items whose ID nobody else has."""
-        counts = torch.unique(self.codes, dim=0, return_counts=True)[1]
-        return super().describe() | {"unique_ids": int((counts == 1).sum()) / len(self.codes)}
+        return super().describe() | {"unique_ids": 1 - colliding_share(self.codes)}

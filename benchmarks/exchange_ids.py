@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.command import Parser, command, read_settings
 from benchmarks.epoch_cost import prepared
 from config import Config, build_config
-from experiments.evaluation import evaluate
-from experiments.runs import Task, load_task, model_class
+from experiments.runs import Task, load_task, model_class, training_data, valid_metrics
 from experiments.training import Trainer
-from metrics import ranking_metrics
 from model_parts.generative import GenerativeRecommender
 from util import UserError, pick_device, seed_everything, stream_seed
 
@@ -53,7 +52,7 @@ def check_roles(generator: str, makers: list[str]) -> None:
 
 def curve(config: Config, task: Task, codes: Tensor, until: int) -> list[tuple[int, float]]:
     """Valid NDCG@10 by epoch of the generator `config.run.model` on IDs `codes` [N, L]."""
-    device, split = pick_device(config.run.device), task.split
+    device = pick_device(config.run.device)
     seed_everything(config.run.seed)
     model: Any = model_class(config.run.model)(config, task.dataset.catalogue).to(device)
     if codes.shape != model.codes.shape or int(codes.max()) >= model.n_codes:
@@ -61,14 +60,8 @@ def curve(config: Config, task: Task, codes: Tensor, until: int) -> list[tuple[i
             f"{model.name} writes {model.digits} digits of {model.n_codes} codes, not these IDs of "
             f"{codes.shape[1]}: --set their digits and codes alike."
         )
-    items = torch.tensor(split.train.items, dtype=torch.long)
-    interactions = torch.bincount(items, minlength=len(codes) + 1)[1:].float()
-    model.set_codes(codes, interactions.to(device))
-
-    def validate() -> dict[str, float]:
-        found = evaluate(model, split.train, split.valid, config, device, note="valid")
-        return ranking_metrics(found.masked if config.train.mask_seen else found.unmasked)
-
+    model.set_codes(codes, training_data(task).counts)
+    validate = partial(valid_metrics, model, task, config, device)
     rows: list[dict[str, Any]] = []
 
     def after_epoch(done: list[dict[str, Any]]) -> None:
@@ -78,7 +71,7 @@ def curve(config: Config, task: Task, codes: Tensor, until: int) -> list[tuple[i
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
-            model, split.train, config, Path(scratch), device, validate, "", after_epoch
+            model, task.split.train, config, Path(scratch), device, validate, "", after_epoch
         )
         seed_everything(stream_seed(config.run.seed, "train", 0))  # own IDs: the run of main.py
         with suppress(_Enough):

@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,13 +21,8 @@ from benchmarks.command import Parser, command
 from experiments.runs import METRICS, RANKS, load_ranks, load_trained
 from metrics import Ranks, paired_bootstrap, per_user
 from model_parts.generative import GenerativeRecommender
+from model_parts.residual import holders
 from util import UserError
-
-
-def holders(codes: Tensor) -> np.ndarray:
-    """[N], how many of all items have the ID of each: codes [N, L]."""
-    _, group, counts = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
-    return counts[group].numpy()
 
 
 def line(name: str, users: np.ndarray, one: Ranks, other: Ranks) -> str:
@@ -66,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     same = one.users.tolist() == other.users.tolist() and np.array_equal(one.targets, other.targets)
     if not same or len(one.targets) != len(one.users):
         raise UserError("The two runs have not the same test users with one target each.")
-    sharing = holders(model.item_ids())[one.targets - 1]
+    sharing = holders(model.item_ids()).numpy()[one.targets - 1]
     columns = "".join(f"{title:>9}" for title in ("R@10", "N@10", "beside", "N@10"))
     print(f"{'ID of target':<16}{'users':>8}{columns}  difference in N@10")
     print(line("its own", sharing == 1, one, other))

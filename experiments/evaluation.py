@@ -23,6 +23,10 @@ class Evaluation(NamedTuple):
     unmasked: Ranks
     lists: np.ndarray  # [E, top] items under the protocol's masking, [E, 0] when not asked for
 
+    def under(self, mask_seen: bool) -> Ranks:
+        """The ranks of the convention that a run is judged by."""
+        return self.masked if mask_seen else self.unmasked
+
 
 @torch.inference_mode()
 def evaluate(

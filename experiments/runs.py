@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,10 +117,7 @@ def train(
     if rank() == 0:
         write_yaml(folder / CONFIG, to_dict(config))
 
-    def validate() -> dict[str, float]:
-        found = evaluate(model, split.train, split.valid, config, device, note="valid")
-        return ranking_metrics(found.masked if config.train.mask_seen else found.unmasked)
-
+    validate = partial(valid_metrics, model, task, config, device)
     trainer = Trainer(
         model, split.train, config, folder, device, validate, task.dataset.fingerprint, on_epoch
     )
@@ -134,6 +132,14 @@ def train(
         seed_everything(stream_seed(config.run.seed, "train", rank()))
     trainer.fit()
     return Trained(model, trainer, device, validate, memory_before)
+
+
+def valid_metrics(
+    model: Recommender, task: Task, config: Config, device: torch.device
+) -> dict[str, float]:
+    """Metrics of the current weights on valid, under the masking of `config`."""
+    found = evaluate(model, task.split.train, task.split.valid, config, device, note="valid")
+    return ranking_metrics(found.under(config.train.mask_seen))
 
 
 def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
@@ -183,15 +189,16 @@ def load_model(folder: Path, catalogue: Any) -> tuple[Recommender, Config]:
     return model.eval(), config
 
 
-def stage_one(model: Recommender, task: Task, config: Config) -> None:
-    """`prepare` with what it may see: the held-out sets are not handed over.
-
-    Raises UserError for data the model cannot work with.
-    """
+def training_data(task: Task) -> TrainingData:
+    """What a model may see: the held-out sets are not in it."""
     train, catalogue = task.split.train, task.dataset.catalogue
-    data = TrainingData(train, catalogue, train.n_users, catalogue.n_items)
+    return TrainingData(train, catalogue, train.n_users, catalogue.n_items)
+
+
+def stage_one(model: Recommender, task: Task, config: Config) -> None:
+    """`prepare` with `training_data`. Raises UserError for data the model cannot work with."""
     try:
-        model.prepare(data, torch_generator(config.run.seed, "prepare"))
+        model.prepare(training_data(task), torch_generator(config.run.seed, "prepare"))
     except ValueError as error:
         raise UserError(f"{model.name}: {error}") from error
 
@@ -201,7 +208,7 @@ def _result(
 ) -> dict[str, Any]:
     sequences, n_items = task.dataset.sequences, task.dataset.catalogue.n_items
     both = {"masked": found.masked, "unmasked": found.unmasked}
-    chosen = both["masked" if config.train.mask_seen else "unmasked"]
+    chosen = found.under(config.train.mask_seen)
     counts = np.bincount(task.split.train.items, minlength=n_items + 1)[1:]
     cold, cold_targets = cold_recall(chosen, counts)
     extra = {
@@ -253,8 +260,7 @@ def _with_valid_in_graph(
         return {}
     note = "test, valid item in graph"
     found = evaluate(informed, split.train_and_valid, split.test, config, device, note=note)
-    chosen = found.masked if config.train.mask_seen else found.unmasked
-    return {VALID_IN_GRAPH: ranking_metrics(chosen)}
+    return {VALID_IN_GRAPH: ranking_metrics(found.under(config.train.mask_seen))}
 
 
 def _save_ranks(path: Path, found: Evaluation, task: Task) -> None:

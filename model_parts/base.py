@@ -39,6 +39,12 @@ class TrainingData(NamedTuple):
     n_users: int
     n_items: int
 
+    @property
+    def counts(self) -> Tensor:
+        """Train interactions of every item, [N] int64."""
+        items = torch.tensor(self.train.items, dtype=torch.int64)
+        return torch.bincount(items, minlength=self.n_items + 1)[1:]
+
 
 class Recommender(nn.Module):
     """A model of the project: `loss` trains it, `score` ranks the catalogue.

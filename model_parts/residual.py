@@ -298,7 +298,12 @@ def repair_last_digit(codes: Tensor, distances: Callable[[Tensor], Tensor]) -> T
     return repaired
 
 
+def holders(codes: Tensor) -> Tensor:
+    """How many of the items with IDs codes [N, L] have the ID of each, [N]."""
+    group, counts = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)[1:]
+    return counts[group]
+
+
 def colliding_share(codes: Tensor) -> float:
     """Share of items whose ID another item has as well."""
-    group, counts = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)[1:]
-    return float((counts[group] > 1).float().mean())
+    return float((holders(codes) > 1).float().mean())

@@ -121,8 +121,7 @@ class MCRL(Recommender):
 
     def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
         """Whitened features, their neighbours and codebooks. Raises ValueError without features."""
-        items = torch.tensor(data.train.items, dtype=torch.long)
-        counts = torch.bincount(items, minlength=data.n_items + 1)[1:]
+        counts = data.counts
         latents, present = item_latents(data, counts > 0, self.sizes, generator)
         self.start_from(counts, latents, present, generator)
 

@@ -89,9 +89,7 @@ class PersonalTokenizer(Recommender):
 
         Raises ValueError without features.
         """
-        items = torch.tensor(data.train.items, dtype=torch.long)
-        counts = torch.bincount(items, minlength=data.n_items + 1)[1:]
-        self.counts.copy_(counts)
+        self.counts.copy_(data.counts)
         self.learn_latents(data, generator)
         self.fit_codes(generator)
 
