@@ -486,7 +486,7 @@ class MCRL:
     inter: float = number(0.1, 0.0, 1e3, "weight of level 3, shared parts of two modalities")
     commit: float = number(0.1, 0.0, 1e3, "weight of the distance between items and their codes")
     similar: float = number(0.1, 0.0, 1.0, "share of level 1 that is the most similar user's item")
-    temperature: float = number(0.1, 1e-3, 10.0, "tau of the three levels")
+    temperature: float = number(0.1, 1e-3, 10.0, "tau; level 1 of pmat_mcrl has none: plain scores")
     neighbours: int = number(10, 1, 1000, "nearest items that level 2 draws a partner from")
     lambda_pmat: float = number(1.0, 0.0, 1e3, "weight of PMAT's losses in pmat_mcrl")
     lambda_mcrl: float = number(0.05, 0.0, 1e3, "weight of the levels in pmat_mcrl")

@@ -12,7 +12,6 @@ from experiments.runs import Task
 from metrics import Ranks
 
 COLD = 5  # train interactions of a cold item, at most
-PATCHY = 1 / 3  # share of (item, modality) pairs of a history that are missing, at least
 
 
 def user_groups(task: Task, ranks: Ranks) -> dict[str, np.ndarray]:
@@ -62,8 +61,9 @@ def _by_gaps(task: Task, histories: Sequences, users: np.ndarray) -> dict[str, n
         return {}
     limit = np.quantile(gaps, 0.75)
     whole = gaps <= np.quantile(gaps, 0.25)
+    much = f"{100 * limit:.0f} % of history or more" if limit > 0 else "in any item of the history"
     return {
-        f"modalities missing ({100 * limit:.0f} % of history or more)": (gaps >= limit) & ~whole,
+        f"modalities missing ({much})": (gaps >= limit) & ~whole,
         "modalities missing least": whole,
     }
 

@@ -61,11 +61,12 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
     runs = [made for made in report.read_runs(folder) if made.model in CHECKPOINTS]
     runs = [made for made in runs if not made.label]
     print(report.text_table(runs))
-    if {made.model for made in runs} != set(CHECKPOINTS):
+    compared_runs = _of_common_seeds(runs)
+    if not compared_runs:
         logger.warning("Both models must have finished before they can be compared.")
         return []
-    found = {entry.model: entry for entry in report.entries(runs)}
-    content = _comparison(found, runs)
+    found = {entry.model: entry for entry in report.entries(compared_runs)}
+    content = _comparison(found, compared_runs)
     name = f"mcrl_experiment_{folder.name.split('_', 1)[-1]}"
     for place in [folder] if latest is None else [folder, latest]:
         write_json(place / f"{name}.json", content)
@@ -77,9 +78,18 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
         f"\nNDCG@10 of PMAT+MCRL minus PMAT: {compared['difference']:+.4f} "
         f"(95 % interval {compared['low']:+.4f} to {compared['high']:+.4f})"
     )
-    table = _table(found, runs, compared)
+    table = _table(found, compared_runs, compared)
     write_table(table, folder)
     return [table]
+
+
+def _of_common_seeds(runs: list[report.Run]) -> list[report.Run]:
+    """Those of seeds that both models have finished."""
+    seeds = {model: {made.seed for made in runs if made.model == model} for model in CHECKPOINTS}
+    common = set.intersection(*seeds.values())
+    if common and common != set.union(*seeds.values()):
+        logger.warning("Compared are seeds that both models have finished: %s.", sorted(common))
+    return [made for made in runs if made.seed in common]
 
 
 def _table(

@@ -97,12 +97,13 @@ class Recommender(nn.Module):
 
     @torch.no_grad()
     def recommend(self, batch: Batch, k: int, mask_seen: bool = True) -> Tensor:
-        """[B, k] item numbers (1..N), best first; items of the history left out if `mask_seen`.
+        """[B, k] item numbers (1..N), best first; with `mask_seen` items of the history, as far as
+        the batch has it, come after all others.
 
-        Raises ValueError when k is larger than the catalogue.
+        Raises ValueError when k is below 0 or larger than the catalogue.
         """
         scores = self.score(batch)
-        if k > scores.shape[1]:
+        if not 0 <= k <= scores.shape[1]:
             raise ValueError(f"asked for {k} items of a catalogue of {scores.shape[1]}")
         if mask_seen:
             scores = mask_items(scores, batch.items)

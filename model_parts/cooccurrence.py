@@ -122,8 +122,9 @@ def cooccurrence_vectors(met: Cooccurrence, width: int, generator: torch.Generat
         basis = torch.linalg.qr(matrix @ basis)[0]
     # the matrix is symmetric: its eigenvectors within the basis
     values, axes = torch.linalg.eigh(basis.T @ (matrix @ basis))
-    strongest = values.abs().argsort(descending=True)[:rank]
-    vectors = basis @ axes[:, strongest] * values[strongest].abs().sqrt()
+    # the matrix has negative ones too, but no vectors have products like these
+    strongest = values.argsort(descending=True)[:rank]
+    vectors = basis @ axes[:, strongest] * values[strongest].clamp(min=0).sqrt()
     return F.pad(vectors, (0, width - rank))
 
 

@@ -35,8 +35,9 @@ from model_parts.contrastive import (
 )
 from model_parts.fusion import coherence, even_weights, nearest_grid_point, simplex_grid
 from model_parts.quantisers import BlendQuantiser
+from model_parts.stage_one import seeded
 from our_models.pmat import PMAT, View
-from our_models.tokenizer import item_latents
+from our_models.tokenizer import digits_of_blends, item_latents, largest_divisor
 
 _ENCODER_WIDTH = 256
 
@@ -46,12 +47,11 @@ def sample_positive_negative_ids(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Who is pulled to what in the user level, among the targets of the batch.
 
-    profiles [B, p] say which users are alike: what their weights alpha are made of, so that users
-    with equal profiles have equal weights. Returns rows of the targets [B] (0-based items), the
-    position among them of each user's own next item [B] and of the next item of the most similar
-    other user [B] (the own one where there is no other), and which targets are no negatives of a
-    user [B, B]: those in the user's history, what else the user engaged, and what equals a
-    positive.
+    profiles [B, p] say which users are alike: q_u, of which PMAT also makes the weights alpha.
+    Returns rows of the targets [B] (0-based items), the position among them of each user's own next
+    item [B] and of the next item of the most similar other user [B] (the own one where there is no
+    other, or the user has had that item), and which targets are no negatives of a user [B, B]:
+    those in the user's history, what else the user engaged, and what equals a positive.
     """
     rows = batch.targets.max(dim=1).values - 1
     own = torch.arange(len(rows), device=rows.device)
@@ -59,6 +59,7 @@ def sample_positive_negative_ids(
     one_user = batch.users[:, None] == batch.users[None]
     similar = alike.masked_fill(one_user, float("-inf")).argmax(1).where(~one_user.all(1), own)
     in_history = (batch.items[:, :, None] == rows[None, None] + 1).any(1)
+    similar = similar.where(~in_history[own, similar], own)
     same = (rows[:, None] == rows[None]) | (rows[similar][:, None] == rows[None])
     return rows, own, similar, in_history | same | one_user
 
@@ -113,7 +114,9 @@ class MCRL(Recommender):
             nn.Linear(_ENCODER_WIDTH, n_modalities * width),
         )
         self.sharpness = nn.Parameter(torch.tensor(sizes.sharpness))
-        self.quantiser = BlendQuantiser(n_modalities, width, sizes.personal_digits, sizes.codes)
+        late = sizes.fusion == "late"  # PMAT has no blends then, but encoders learn with some
+        digits = largest_divisor(width, sizes.personal_digits) if late else digits_of_blends(sizes)
+        self.quantiser = BlendQuantiser(n_modalities, width, digits, sizes.codes)
         self._atlas: Tensor | None = None
         self.register_load_state_dict_post_hook(lambda model, _: model.forget_atlas())
 
@@ -266,8 +269,7 @@ class MCRL(Recommender):
 
     def score(self, batch: Batch) -> Tensor:
         """[B, N]: queries with the codewords of each item's ID, as the user sees it."""
-        query, alpha = self.users(batch)
-        query = query * alpha[:, :, None]
+        query, alpha = self.users(batch)  # alpha counts once: in the codes here, in q in the loss
         words = (self.quantiser.decode(codes) for codes in self.atlas())
         every = torch.stack([self._cosines(query, part) for part in words])
         points = nearest_grid_point(alpha.T, self.grid)  # [B]
@@ -331,8 +333,9 @@ class PMATWithMCRL(PMAT):
         self.mcrl.requires_grad_(True)
         optimiser = torch.optim.AdamW(self.mcrl.parameters(), lr=self.mix.stage_one_lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        with torch.enable_grad():
-            for _ in range(steps):
+        with seeded(generator):
+            for step in range(steps):
+                self.mcrl.begin_epoch(step * size // len(prefixes), generator)
                 optimiser.zero_grad(set_to_none=True)
                 batch = prefixes.draw(size, generator).to(self.counts.device)
                 sum(self.mcrl.loss(batch).values()).backward()

@@ -7,7 +7,7 @@ nonlinear happens before the blend, so no item is encoded again for a user.
 An item's vector is the sum of its code vectors. With one head for all digits, ranking by
 sum_l log p_l equals ranking by <h_u, sum_l E_l[C_u[i, l]]> (DESIGN 5.5), plus beta <h_u, e_i> for
 the model with a dense residual; beta = 0 is the pure-ID model. An item of the history enters with
-the codes its user had for it when it came.
+the codes its user had for it once it had come: its own context is among the inputs only.
 
 Loss: softmax over items, every candidate coded under the same user (DESIGN 5.6), so that making
 codes easy helps the negatives as much as the target. The context q_u that weights depend on is made
@@ -87,7 +87,8 @@ class PMAT(PersonalTokenizer):
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
         super().__init__(config, catalogue)
-        own, window = self.own, config.data.max_history
+        own = self.own
+        self.window = window = config.data.max_history
         n_items, n_modalities, _ = self.latents.shape
         summary = n_modalities * (own.latent + 1) + 1
         self.register_buffer("law", _law(own.law, len(self.grid)))
@@ -128,7 +129,8 @@ class PMAT(PersonalTokenizer):
         ):
             history = items[offsets[user] : offsets[user + 1]]
             end = int(torch.randint(1, len(history) + 1, (), generator=generator))
-            self.strangers[row] = self.summaries(history[None, :end])[0, -1]
+            seen = history[max(0, end - self.window) : end]  # as much as the model sees of anybody
+            self.strangers[row] = self.summaries(seen[None])[0, -1]
 
     def _token_length(self) -> float:
         # a sum of L code vectors should be as long as one item embedding of the baselines
@@ -249,8 +251,11 @@ class PMAT(PersonalTokenizer):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What modality weights come from learns more slowly than the rest: it starts from
-        coherence, which is a good guess, and could otherwise turn codes into hidden scores."""
-        weighing = [part for part in (self.attention, self.context) if part is not None]
+        coherence, which is a good guess, and could otherwise turn codes into hidden scores. Where
+        no weight looks at the context it is a prefix and no more, and learns like the rest."""
+        weighing = [self.attention]
+        if self.attention.of_user is not None:
+            weighing.append(self.context)
         return self.slowed(weighing, self.own.attention_rate)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -94,12 +94,19 @@ class Server:
             raise ValueError("with late weights codes do not depend on users: nothing to keep")
         if by not in ("coherence", "topics"):
             raise ValueError(f"by is {by!r}; it must be coherence or topics")
+        if not 0 <= rate <= 1 or growth < 1 or margin < 0 or permutations < 1:
+            raise ValueError("rate is 0 to 1, growth and permutations are >= 1, margin is >= 0")
+        if not threshold and 0 < p_value < 1 / (1 + permutations):
+            raise ValueError(
+                f"p_value={p_value} takes {math.ceil(1 / p_value) - 1} permutations or more: with "
+                f"{permutations} no p-value is so small, and nothing would ever move"
+            )
         self.model, self.by = model.eval(), by
         self.histories = histories
         self.p_value, self.growth, self.threshold = p_value, growth, threshold
         self.rate, self.margin, self.permutations = rate, margin, permutations
         self.generator = torch.Generator().manual_seed(seed)
-        self.window = model.positions.table.num_embeddings
+        self.window = model.window
         self.rows = torch.arange(len(model.counts), device=model.counts.device)
         with torch.no_grad():
             self.fixed = model.fixed_vectors(self.rows)  # [N, d]
@@ -121,10 +128,11 @@ class Server:
     def recommend(self, user: int, k: int) -> Tensor:
         """Item numbers (1..N) the user has not had, best first, [k].
 
-        Raises ValueError when there are fewer than k of them.
+        Raises ValueError when there are fewer than k of them or k is below 0, TypeError when it is
+        no whole number.
         """
         seen = self.rows.new_tensor(sorted(set(self._of(user).history)))
-        if k > len(self.rows) - len(seen):
+        if not 0 <= index(k) <= len(self.rows) - len(seen):
             raise ValueError(f"asked for {k} items of {len(self.rows) - len(seen)} not seen yet")
         scores = self.scores(user)
         scores[seen - 1] = float("-inf")

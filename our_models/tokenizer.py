@@ -52,11 +52,6 @@ class PersonalTokenizer(Recommender):
                 f"pmat.shared_digits={own.shared_digits} is more than the {n_modalities} x "
                 f"{own.latent} numbers they cut up (modalities x pmat.latent)"
             )
-        if own.fusion == "early" and own.latent % own.personal_digits:
-            raise ValueError(
-                f"pmat.latent={own.latent} is no multiple of pmat.personal_digits="
-                f"{own.personal_digits}"
-            )
         grid = simplex_grid(n_modalities, own.grid)
         if own.personalised == "none":  # even, though thirds are no multiples of a half
             if own.grid < min(n_modalities, 2):
@@ -70,15 +65,16 @@ class PersonalTokenizer(Recommender):
         self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
         self.register_buffer("shared_codes", torch.zeros(n_items, own.shared_digits).long())
         # with late weights a modality has digits and codebooks of its own, no more digits in all
-        digits, self.n_digits = own.personal_digits, own.shared_digits + own.personal_digits
         if own.fusion == "late":
-            digits = largest_divisor(own.latent, max(digits // n_modalities, 1))
+            digits = largest_divisor(own.latent, max(own.personal_digits // n_modalities, 1))
             self.n_digits = own.shared_digits + n_modalities * digits
             self.register_buffer("atlas", torch.zeros(n_modalities, n_items, digits).long())
             self.quantisers = nn.ModuleList(
                 BlendQuantiser(1, own.latent, digits, own.codes) for _ in range(n_modalities)
             )
         else:
+            digits = digits_of_blends(own)
+            self.n_digits = own.shared_digits + digits
             self.register_buffer("atlas", torch.zeros(len(grid), n_items, digits).long())
             self.quantiser = BlendQuantiser(n_modalities, own.latent, digits, own.codes)
         width = n_modalities * own.latent // max(own.shared_digits, 1) * own.shared_digits
@@ -194,6 +190,15 @@ def whitened_latents(
         latents.append(F.normalize(turned, dim=1) * known[:, None])
         present.append(known)
     return torch.stack(latents, dim=1), torch.stack(present, dim=1)
+
+
+def digits_of_blends(own: PMATConfig) -> int:
+    """Digits of a blend. Raises ValueError where it cannot be cut into so many."""
+    if own.latent % own.personal_digits:
+        raise ValueError(
+            f"pmat.latent={own.latent} is no multiple of pmat.personal_digits={own.personal_digits}"
+        )
+    return own.personal_digits
 
 
 def largest_divisor(number: int, limit: int) -> int:

@@ -102,10 +102,16 @@ def test_vectors_rebuild_the_information_when_wide_enough() -> None:
     wanted = wanted + wanted.T
     values, axes = torch.linalg.eigh(wanted)
     found = cooccurrence_vectors(met, 8, random())
-    # U sqrt|S| up to signs and the order of equal values: its products are U |S| U^T
-    torch.testing.assert_close(
-        found @ found.T, axes @ values.abs().diag() @ axes.T, rtol=1e-3, atol=1e-3
-    )
+    # U sqrt(S) up to signs and the order of equal values; no products of vectors have S < 0
+    nearest = axes @ values.clamp(min=0).diag() @ axes.T
+    torch.testing.assert_close(found @ found.T, nearest, rtol=1e-3, atol=1e-3)
+
+
+def test_two_items_that_meet_only_each_other_get_equal_vectors() -> None:
+    met = count_pairs(histories(*[[1 + 2 * (u % 5), 2 + 2 * (u % 5)] for u in range(30)]), 10, 2,
+                      random())  # fmt: skip
+    vectors = cooccurrence_vectors(met, 10, random())
+    assert F.cosine_similarity(vectors[::2], vectors[1::2]).min() > 0.99
 
 
 @pytest.mark.parametrize("window", [1, 50])

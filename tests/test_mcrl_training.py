@@ -17,6 +17,7 @@ from experiments.mcrl import train_mcrl_model
 from experiments.runs import Task
 from model_parts.base import Batch, TrainingData
 from model_parts.contrastive import aligned, feature_neighbours, info_nce, one_prefix_each
+from model_parts.fusion import nearest_grid_point
 from our_models.mcrl import MCRL, PMATWithMCRL, sample_positive_negative_ids
 from our_models.pmat import PMAT
 from util import seed_everything
@@ -142,13 +143,13 @@ def test_positives_and_forbidden_negatives_by_hand() -> None:
     rows, own, similar, forbidden = sample_positive_negative_ids(batch, profiles)
     assert rows.tolist() == [2, 0, 8]
     assert own.tolist() == [0, 1, 2]
-    assert similar.tolist() == [2, 2, 0]
+    assert similar.tolist() == [2, 2, 2], "user 2 is most like 0, but has had what 0 took next"
     # user 0 has had item 1; user 2 has had item 3; own and similar items are no negatives
     assert forbidden.tolist() == [[True, True, True], [False, True, True], [True, False, True]]
     # another example of the same user is neither a similar user nor a negative
     twice = batch._replace(users=torch.tensor([0, 1, 0]))
     _, _, similar, forbidden = sample_positive_negative_ids(twice, profiles)
-    assert similar.tolist() == [1, 2, 1]
+    assert similar.tolist() == [0, 2, 1]
     assert bool(forbidden[0, 2]) and bool(forbidden[2, 0])
     _, _, similar, _ = sample_positive_negative_ids(
         batch._replace(users=torch.zeros(3, dtype=torch.long)), profiles
@@ -308,6 +309,52 @@ def test_stage_one_gives_pmat_its_latents_and_is_then_left_alone(made, task) -> 
     before = model.latents.clone()
     trained(model, task, steps=3)
     assert torch.equal(model.latents, before)
+
+
+def test_stage_one_follows_from_its_generator_and_codebooks_follow_the_encoders(
+    made, task, monkeypatch
+) -> None:
+    fitted: list[int] = []
+    fit = MCRL._fit_codebooks
+    monkeypatch.setattr(
+        MCRL, "_fit_codebooks", lambda self, g: (fitted.append(int(self.fitted)), fit(self, g))
+    )
+    model = made("pmat_mcrl", {"mcrl.stage_one_epochs": 3, "mcrl.stage_one_batch": 32})
+    assert fitted == [-1, -1, 0, 1], "at first and as each of three passes begins"
+    first = model.latents.clone()
+    train, catalogue = task.split.train, task.dataset.catalogue
+    seed_everything(8)  # the model's own random numbers; the generator is the same
+    model.load_state_dict(made("pmat_mcrl", {"mcrl.stage_one_epochs": 0}).state_dict())
+    seed_everything(9)
+    model.prepare(TrainingData(train, catalogue, train.n_users, catalogue.n_items), random(7))
+    assert torch.equal(model.latents, first)
+
+
+def test_scores_rank_as_the_user_level_trains(made, task) -> None:
+    model = made("mcrl").eval()
+    batch, rows = examples(model, task), torch.nonzero(model.present.all(1))[:, 0]
+    with torch.no_grad():
+        items = model.encoded(torch.arange(len(model.counts)))
+        query, alpha = model.users(batch)
+        points = model.grid[nearest_grid_point(alpha.T, model.grid)]
+        trained_on = model._cosines(query * points[:, :, None], items)[:, rows]
+        model.atlas = lambda: model.grid[:, None, :]  # codes that lose nothing
+        model.quantiser.decode = lambda blend: F.normalize(
+            (items * blend[..., None]).flatten(1), dim=1
+        ).view_as(items)
+        scored = model.score(batch)[:, rows]
+    assert torch.equal(scored.argsort(1), trained_on.argsort(1))
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+def test_digits_that_do_not_cut_a_latent_are_named_or_made_to_fit(tiny, task, fusion: str) -> None:
+    settings = {"pmat.personal_digits": 6, "pmat.latent": 16, "pmat.fusion": fusion}
+    if fusion == "late":
+        PMATWithMCRL(tiny("pmat_mcrl", settings), task.dataset.catalogue)
+        return
+    for model in (MCRL, PMATWithMCRL):
+        with pytest.raises(ValueError, match=r"pmat\.latent=16 .* pmat\.personal_digits=6"):
+            model(tiny(model.name, settings), task.dataset.catalogue)
 
 
 def test_modality_weights_look_at_the_features_before_mcrl(made, task) -> None:

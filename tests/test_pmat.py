@@ -209,6 +209,22 @@ def test_controls_do_not_look_at_the_users_own_history(made, task, level) -> Non
     assert bool((codes[0] != codes[1]).any())
 
 
+def test_strangers_are_histories_as_long_as_the_model_sees_any(tiny, task) -> None:
+    seed_everything(7)
+    model = PMAT(tiny("pmat", {"data.max_history": 3}), task.dataset.catalogue)
+    model.prepare(training_data(task), torch.Generator().manual_seed(7))
+    M, z = model.latents.shape[1:]
+    assert model.strangers[:, M * z].max() == torch.tensor(3.0).log1p()
+
+
+@pytest.mark.parametrize(("level", "rate"), [("none", 1.0), ("user", 0.1), ("random", 1.0)])
+def test_a_user_vector_that_is_only_a_prefix_learns_at_the_full_rate(made, level, rate) -> None:
+    model = made({"pmat.personalised": level, "pmat.prefix": True, "pmat.attention_rate": 0.1})
+    rates = {id(p): group["rate"] for group in model.parameter_groups() for p in group["params"]}
+    assert {rates[id(p)] for p in model.context.parameters()} == {rate}
+    assert rates[id(model.prefix.weight)] == 1.0
+
+
 def test_weights_that_are_never_updated_stay_as_the_first_items_said(made, task) -> None:
     model, batch = made({"pmat.dynamic": False, "pmat.warm_items": 2}), histories(task)
     short = batch._replace(items=batch.items[:, :2], lengths=batch.lengths.clamp(max=2))

@@ -264,6 +264,30 @@ def test_users_and_items_are_whole_numbers(serve) -> None:
         server.item_ids(-1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"permutations": 50}, "takes 99 permutations"),
+        ({"permutations": 0, "p_value": 1.0}, "permutations"),
+        ({"rate": 2.0}, "rate"),
+        ({"growth": 0.5}, "growth"),
+        ({"margin": -1.0}, "margin"),
+    ],
+)
+def test_settings_with_which_nothing_would_work_are_refused(serve, settings, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        serve(**settings)
+
+
+def test_the_number_of_recommendations_is_a_count(serve) -> None:
+    server = serve()
+    with pytest.raises(ValueError, match="asked for -1"):
+        server.recommend(0, -1)
+    with pytest.raises(TypeError):
+        server.recommend(0, 2.5)
+    assert len(server.recommend(0, 0)) == 0
+
+
 def test_only_pmat_is_served(tiny, task) -> None:
     model = MCRL(tiny("mcrl"), task.dataset.catalogue)
     with pytest.raises(TypeError, match="not a MCRL"):
