@@ -3,7 +3,7 @@
 A user's IDs stay as they are until a test says that the interest has moved (model_parts/drift.py).
 Then weights move part of the way and digits change where that pays; shared digits never do. The
 generator always sees the history as it is now, each item in the codes the user had for it when it
-came, or since the last move.
+came in, or since the last move.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 
 from config import Config, build_config
 from data_utils import train_batch, train_examples
-from experiments.mcrl import train_mcrl_model
+from experiments.mcrl import _of_common_seeds, train_mcrl_model
+from experiments.report import Run
 from experiments.runs import Task
 from model_parts.base import Batch, TrainingData
 from model_parts.contrastive import aligned, feature_neighbours, info_nce, one_prefix_each
@@ -375,3 +377,15 @@ def test_documented_training_function(tiny, task, tmp_path, name: str) -> None:
     assert found["model"] == name
     assert 0 <= found["test"]["ndcg@10"] <= 1
     assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_models_are_compared_on_seeds_that_both_have_finished(caplog) -> None:
+    made = [
+        Run(Path(), {"model": model, "seed": seed})
+        for model, seed in [("pmat", 1), ("pmat", 2), ("pmat_mcrl", 2), ("pmat_mcrl", 3)]
+    ]
+    with caplog.at_level("WARNING", logger="pmat"):
+        common = _of_common_seeds(made)
+    assert [(run.model, run.seed) for run in common] == [("pmat", 2), ("pmat_mcrl", 2)]
+    assert "[2]" in caplog.text
+    assert _of_common_seeds(made[:1] + made[2:3]) == []

@@ -331,6 +331,20 @@ def test_groups_by_hand(task):
     assert not (groups["planted: visual, never drifts"] & groups["planted: drifts"]).any()
 
 
+def test_a_group_of_gaps_says_how_large_they_are_at_least(task):
+    catalogue, users = task.dataset.catalogue, np.arange(60)
+    rarest = np.bincount(task.split.train_and_valid.items, minlength=51)[1:].argmin()
+    gaps = {name: part._replace(present=np.arange(50) != rarest)
+            for name, part in catalogue.modalities.items()}  # fmt: skip
+    changed = task._replace(
+        dataset=task.dataset._replace(catalogue=catalogue._replace(modalities=gaps))
+    )
+    ranks = Ranks(users, np.ones(60), np.arange(61), task.split.test.items.astype(np.int64))
+    found = user_groups(changed, ranks)["modalities missing (in any item of the history)"]
+    with_it = [rarest + 1 in task.split.train_and_valid.of(user) for user in users]
+    assert found.tolist() == with_it and 0 < sum(with_it) < 15
+
+
 def test_groups_of_data_without_features_or_truth(task):
     bare = task.dataset._replace(
         catalogue=task.dataset.catalogue._replace(modalities={}), truth=None
