@@ -99,7 +99,9 @@ class Train:
     lr: float = number(1e-4, 0.0, 10.0, "learning rate after the warm-up")
     weight_decay: float = number(0.0, 0.0, 10.0, "decoupled weight decay (AdamW)")
     schedule: str = choice("constant", ("constant", "cosine", "linear"), "shape after the warm-up")
-    warmup_steps: int = number(0, 0, 10_000_000, "steps of linear warm-up")
+    warmup_steps: int = number(
+        0, 0, 10_000_000, "steps of linear warm-up, at most a quarter of all"
+    )
     clip: float = number(1.0, 0.0, 1e6, "largest gradient norm (0 = no clipping)")
     patience: int = number(10, 0, 100_000, "evaluations without a better valid NDCG@10 (0 = never)")
     eval_every: int = number(1, 1, 100_000, "epochs between evaluations on valid")

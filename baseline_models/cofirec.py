@@ -70,10 +70,16 @@ class CoFiRec(Seq2SeqRecommender):
             behaviour = behaviour_vectors(
                 data.train, data.n_items, self.own.behaviour, self.own.window, generator
             )
-            levels = torch.cat([levels, self._quantise(*behaviour, generator)[None]])
+            levels = torch.cat([levels, self._collaborative(*behaviour, generator)[None]])
         if self.own.order == "fine":
             levels = levels.flip(0)
         self.set_codes(with_collision_digit(levels.T, self.n_codes))
+
+    def _collaborative(self, vectors: Tensor, met: Tensor, generator: torch.Generator) -> Tensor:
+        """The last level [N]; random where no two items were ever met together."""
+        if not met.any():
+            return torch.randint(self.n_codes, (len(vectors),), generator=generator)
+        return self._quantise(vectors, met, generator)
 
     def _quantise(self, vectors: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
         """Vectors [N, d] -> codes [N] of a codebook trained on the rows in `fit_rows` [N]."""

@@ -136,7 +136,8 @@ def item_inputs(catalogue: Any, in_train: Tensor, behaviour: Tensor) -> Tensor:
     for block, present in blocks:
         fitted = block[in_train & present]
         if len(fitted) > 1:
-            block = (block - fitted.mean(0)) / fitted.std(0).clamp(min=1e-6)
+            spread = fitted.std(0)  # a column that is constant in train stays as it is
+            block = (block - fitted.mean(0)) / torch.where(spread < 1e-6, 1.0, spread)
         columns.append(block * present[:, None])
         if not bool(present.all()):
             columns.append((~present).float()[:, None])

@@ -237,6 +237,7 @@ class MMQ(Seq2SeqRecommender):
 
     inputs: Tensor  # [N, D] modalities in a row, unit length each, zero where missing
     present: Tensor  # [N, M] bool
+    drawn: Tensor  # [N, L] random codes, for items without features
     refreshed: Tensor  # the epoch whose weights the codes are of
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
@@ -247,6 +248,7 @@ class MMQ(Seq2SeqRecommender):
         self.tokenizer.requires_grad_(own.tune_epochs > 0)
         self.register_buffer("inputs", torch.zeros(n_items, sum(widths)))
         self.register_buffer("present", torch.ones(n_items, len(widths), dtype=torch.bool))
+        self.register_buffer("drawn", torch.zeros(n_items, self.digits, dtype=torch.int64))
         self.register_buffer("refreshed", torch.tensor(-1))
         self.tuning = False
 
@@ -273,15 +275,21 @@ class MMQ(Seq2SeqRecommender):
             self.tokenizer.requires_grad_(True)
             train_tokenizer(self.tokenizer, self.inputs[rows], self.present[rows], generator)
             self.tokenizer.requires_grad_(self.own.tune_epochs > 0)
-        self.set_codes(self.tokenizer.encode(self.inputs), data.counts)
+        self.drawn.copy_(torch.randint(self.n_codes, self.drawn.shape, generator=generator))
+        self.set_codes(self.current_codes(), data.counts)
 
     def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
         """In stage two, the IDs to predict are those of the tokenizer as it is now."""
         self.tuning = epoch < self.own.tune_epochs
         stale = int(self.refreshed) < epoch  # not when an epoch is taken up again
         if stale and self.own.tune_epochs and epoch <= self.own.tune_epochs:
-            self.set_codes(self.tokenizer.encode(self.inputs))
+            self.set_codes(self.current_codes())
             self.refreshed.fill_(epoch)
+
+    def current_codes(self) -> Tensor:
+        """What the tokenizer makes of all items, [N, L]; random codes of items without features."""
+        known = self.present.any(1, keepdim=True)
+        return torch.where(known, self.tokenizer.encode(self.inputs), self.drawn)
 
     def read(self, batch: Batch) -> tuple[Memory, Tensor]:
         """In stage two the history is read through soft codes, else by the IDs of its items."""
@@ -297,9 +305,12 @@ class MMQ(Seq2SeqRecommender):
     def soft_tokens(self, items: Tensor) -> Tensor:
         """Token vectors of items [B, T], with a gradient for the tokenizer: [B, T, L, d]."""
         distinct, place = items.unique(return_inverse=True)
-        inputs = self.inputs[(distinct - 1).clamp(min=0)]
+        rows = (distinct - 1).clamp(min=0)
+        inputs, known = self.inputs[rows], self.present[rows].any(1)
         with torch.autocast(inputs.device.type, enabled=False):  # half precision changes codes
             codes = self.tokenizer.soft_codes(inputs, self.own.softness)
+            drawn = F.one_hot(self.drawn[rows], self.n_codes).to(codes.dtype)
+            codes = torch.where(known[:, None, None], codes, drawn)
         words = self.tokens.weight[: self.digits * self.n_codes].unflatten(0, (self.digits, -1))
         vectors = torch.bmm(codes.transpose(0, 1), words).transpose(0, 1)  # [U, L, d]
         return F.embedding(place, vectors.flatten(1)).unflatten(2, (self.digits, -1))

@@ -50,7 +50,10 @@ class RPG(Recommender):
     """Semantic IDs from text, a causal Transformer on them, m digit heads on top."""
 
     name = "rpg"
-    ablations = {"random codes": {"rpg.tokenizer": "random"}}
+    ablations = {
+        "random codes": {"rpg.tokenizer": "random"},
+        "random code vectors at first": {"rpg.start_from_codewords": False},
+    }
     search_space = {
         "train.lr": (1e-3, 1e-2, "log"),
         "rpg.temperature": [0.03, 0.05, 0.07],
@@ -102,6 +105,9 @@ class RPG(Recommender):
             )
             white, present = item_vectors(modalities, in_train, self.own.pca, whiten=True)
             codes[present] = self._quantise(white, in_train & present, generator)[present]
+        elif self.own.start_from_codewords:  # as long as they would be, so that only codes differ
+            with torch.no_grad():
+                self.tokens.weight[1:-1].normal_(std=_CODEWORD_STD, generator=generator)
         self.codes.copy_(codes)
         self.forget_graph()
 

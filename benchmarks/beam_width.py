@@ -3,9 +3,9 @@
     python benchmarks/beam_width.py results/baseline_.../tiger_seed42
     python benchmarks/beam_width.py RUN --beams 10 20 50 200 --users 4000
 
-Prints valid Recall@10 and NDCG@10 (seen items masked or not, as the run had it) and users per
-second for each number of beams, on the same weights and users. Seen items take places in the beams
-before they are masked, so a list of ten wants more than ten beams.
+Prints valid Recall@10, Recall@20, NDCG@10 and NDCG@20 (seen items masked or not, as the run had
+it) and users per second for each number of beams, on the same weights and users. To each number one
+beam is added for every item of the history: seen items take places before they are masked.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from experiments.runs import load_trained
 from metrics import ranking_metrics
 from model_parts.generative import GenerativeRecommender
 from util import UserError
+
+_SHOWN = ("recall@10", "recall@20", "ndcg@10", "ndcg@20")
 
 
 @command
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = evaluate(model, task.split.train, valid, config, torch.device("cpu"))
         seconds = time.perf_counter() - start
         metrics = ranking_metrics(found.under(config.train.mask_seen))
-        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("recall@10", "ndcg@10"))
+        shown = "  ".join(f"{name} {metrics[name]:.4f}" for name in _SHOWN)
         rate = len(valid.users) / seconds
         print(f"{model.own.beams:4d} beams  {shown}  {rate:8.0f} users/s", flush=True)
 

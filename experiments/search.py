@@ -140,7 +140,9 @@ class Search:
             if trial.state.name == "RUNNING" and self._is_dead(trial):
                 self.study.tell(trial.number, state=import_optuna().trial.TrialState.FAIL)
                 kept = {k: v for k, v in trial.user_attrs.items() if k in ("place", "preset")}
-                self.study.enqueue_trial(trial.params, user_attrs=kept)
+                # what it was told to try, also where it died before it had asked for all of it
+                told = trial.system_attrs.get("fixed_params", {})
+                self.study.enqueue_trial(told | trial.params, user_attrs=kept)
 
     def _is_dead(self, trial: Any) -> bool:
         """Whether nobody holds the lock of a running trial, or it never got one."""
@@ -200,7 +202,9 @@ class Search:
 
     def _tell(self, value: float | None, state: str, seconds: float) -> None:
         self.trial.set_user_attr("seconds", seconds)
-        self.study.tell(self.trial, value, getattr(import_optuna().trial.TrialState, state))
+        state = getattr(import_optuna().trial.TrialState, state)
+        # another process may have taken it for dead, where there are no locks
+        self.study.tell(self.trial, value, state, skip_if_finished=True)
 
     def _release(self) -> None:
         if self.lock:

@@ -243,10 +243,11 @@ class Trainer:
     def _learning_rate(self) -> float:
         """Linear warm-up, then constant, cosine or linear decay to zero at the last step."""
         train, step = self.config.train, self.progress.global_step
-        if step < train.warmup_steps:
-            return train.lr * (step + 1) / train.warmup_steps
-        total = max(self.steps_per_epoch * train.epochs - train.warmup_steps, 1)
-        done = min((step - train.warmup_steps) / total, 1.0)
+        steps = self.steps_per_epoch * train.epochs
+        warm = min(train.warmup_steps, steps // 4)  # on small data a preset's would take them all
+        if step < warm:
+            return train.lr * (step + 1) / warm
+        done = min((step - warm) / max(steps - warm, 1), 1.0)
         shapes = {
             "constant": 1.0,
             "linear": 1 - done,

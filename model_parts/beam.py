@@ -1,6 +1,6 @@
 """Beam search over semantic IDs that exist, for all users and beams at once.
 
-    beams = beam_search(decoder, trie, width)
+    beams = beam_search(decoder, trie, width)        width: a number, or one for each user [B]
     trie.item_scores(beams.leaves, beams.scores)     [B, N]
     best_items(scores [B, N], k)                     items and log-probabilities, best first
 
@@ -36,9 +36,11 @@ class Beams(NamedTuple):
     scores: Tensor  # [B, W], log-probability of the whole ID
 
 
-def beam_search(decoder: Decoder, trie: Trie, width: int, existing: bool = False) -> Beams:
+def beam_search(decoder: Decoder, trie: Trie, width: int | Tensor, existing: bool = False) -> Beams:
     """The `width` best IDs by the sum of their digits' log-probabilities; with `existing`, of
-    those given that the ID exists so far."""
+    those given that the ID exists so far. Users with a smaller width than others of their batch
+    find what they would find alone."""
+    widest = width if isinstance(width, int) else int(width.max())
     table = decoder.start()
     nodes = torch.zeros_like(table[:, :, 0], dtype=torch.int64)
     scores = table.new_zeros(table.shape[:2])
@@ -49,8 +51,11 @@ def beam_search(decoder: Decoder, trie: Trie, width: int, existing: bool = False
         totals = totals.log_softmax(2) if existing else totals
         totals = totals.add_(scores[:, :, None]).flatten(1)
         # never more beams than prefixes of this length exist
-        kept = min(width, totals.shape[1], trie.levels[level].n_children)
+        kept = min(widest, totals.shape[1], trie.levels[level].n_children)
         scores, chosen = totals.topk(kept, dim=1)
+        if not isinstance(width, int):
+            surplus = torch.arange(kept, device=scores.device) >= width[:, None]
+            scores = scores.masked_fill(surplus, float("-inf"))
         parents, rank = chosen // options.codes.shape[2], chosen % options.codes.shape[2]
         nodes = options.first.gather(1, parents) + rank
         # a beam that led nowhere has score -inf and must still point at something

@@ -162,7 +162,8 @@ def group_sizes(groups: int, kappa: float) -> list[float]:
 
     Normalised, rounded to two decimals; what rounding leaves over is split over the two largest.
     """
-    density = [math.exp((kappa - 1) * math.log(x) - x) for x in range(1, groups + 1)]
+    logs = [(kappa - 1) * math.log(x) - x for x in range(1, groups + 1)]
+    density = [math.exp(value - max(logs)) for value in logs]
     shares = [round(value / sum(density), 2) for value in density]
     largest = sorted(range(groups), key=lambda group: -shares[group])[:2]
     spare = 1 - sum(shares)

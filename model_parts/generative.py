@@ -117,13 +117,18 @@ class GenerativeRecommender(Recommender):
         """The history as the network remembers it, and the first input of decoding."""
         raise NotImplementedError
 
+    def n_beams(self, batch: Batch) -> Tensor:
+        """[B]: `beams` and one for each item of the history, which may be masked afterwards; other
+        models lose no place of a list to items that are masked either."""
+        return self.own.beams + batch.lengths
+
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
         """[B, N] log-probability of each item that a beam ended at, `NOT_FOUND` elsewhere."""
         memory, start = self.read(batch)
         trie = self.trie()
         existing = self.own.among == "existing"
-        beams = beam_search(Writer(self, memory, start), trie, self.own.beams, existing)
+        beams = beam_search(Writer(self, memory, start), trie, self.n_beams(batch), existing)
         return trie.item_scores(beams.leaves, beams.scores) + self.share
 
     def item_ids(self, batch: Batch | None = None) -> Tensor:

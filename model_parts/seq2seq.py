@@ -51,7 +51,7 @@ class EncoderDecoder(nn.Module):
 
     Attention is not scaled by sqrt(h); the initial weights make up for it. One table of relative
     positions serves all layers of a side. Dropout is on the input, on attention weights and after
-    every branch.
+    every branch, not within the feed-forward layers, where T5 has it, too.
     """
 
     def __init__(

@@ -70,6 +70,7 @@ class PMAT(PersonalTokenizer):
         "no shared digits": {"pmat.shared_digits": 0, "pmat.personal_digits": 32},
         "16 shared digits": {"pmat.shared_digits": 16, "pmat.personal_digits": 16},
         "weights never updated": {"pmat.dynamic": False},
+        "no behaviour": {"pmat.with_behaviour": False},
         "no consistency": {"pmat.consistency": 0.0},
         "random code vectors at first": {"pmat.start_from_codewords": False},
         "dense residual": {"pmat.beta": 1.0},

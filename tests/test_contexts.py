@@ -96,6 +96,11 @@ def test_group_sizes_follow_the_gamma_density() -> None:
     assert shares[0] == 0.03 and shares[9] == 0.01
 
 
+def test_any_shape_of_the_density_is_possible() -> None:
+    shares = group_sizes(10, 1000.0)
+    assert sum(shares) == pytest.approx(1) and shares[9] == pytest.approx(1)
+
+
 def test_frequent_items_get_more_contexts() -> None:
     counts = torch.tensor([0, 1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 100])
     # 11 distinct counts; shares .47, .34, .19: five of them (1..40), three (50..70), the rest

@@ -101,6 +101,13 @@ def test_inputs_are_standardised_on_train_and_mark_what_is_missing() -> None:
     assert inputs[:2, 2].sum() == 0 and inputs[1, 2] > 0, "centred on the first two items"
 
 
+def test_a_column_that_is_constant_in_train_stays_small_for_others() -> None:
+    features = np.array([[1.0, 2], [1, 5], [3, 4]], dtype=np.float32)
+    catalogue = SimpleNamespace(modalities={"text": (features, np.ones(3, dtype=bool))})
+    inputs = item_inputs(catalogue, torch.tensor([True, True, False]), torch.ones(3, 1))
+    assert inputs.abs().max() <= 2
+
+
 def test_half_of_a_draw_belongs_together() -> None:
     users = [[1, 2], [1, 2], [3, 4], [3, 4], [5, 6], [5, 6], [7], [8]]
     items = np.concatenate(users).astype(np.int32)

@@ -117,13 +117,13 @@ def test_user_tokens_of_the_paper_cost_two_thousand_rows_and_tell_users_apart() 
 @pytest.mark.parametrize(
     ("name", "own"),
     [("tiger", {}), ("tiger", {"tokenizer": "rqvae"}), ("tiger", {"tokenizer": "random"}),
-     ("letter", {}), ("cofirec", {})],
+     ("letter", {}), ("cofirec", {"codes": 12})],
 )  # fmt: skip
 def test_ids_are_unique_and_follow_from_the_seed(name: str, own: dict[str, Any]) -> None:
     one, same, other = (make_model(name, seed=seed, **own).codes for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert colliding_share(one) == 0.0
-    assert one.min() >= 0 and one.max() < 8
+    assert one.min() >= 0 and one.max() < own.get("codes", 8)
 
 
 @pytest.mark.parametrize(("name", "own"), [("tiger", {}), ("tiger", {"tokenizer": "rqvae"}),
@@ -162,6 +162,14 @@ def test_behaviour_brings_items_of_the_same_users_together() -> None:
     group = (torch.arange(N_ITEMS) % 6)[known]
     same = group[:, None] == group
     assert cosines[same].mean() > cosines[~same].mean() + 0.5
+
+
+def test_without_items_that_were_met_together_the_last_level_is_random() -> None:
+    data = make_data()
+    alone = data.train.items.reshape(N_USERS, 6)[:, :1].repeat(6, axis=1).reshape(-1)
+    train = SimpleNamespace(items=alone, offsets=data.train.offsets)
+    codes = make_model("cofirec", data._replace(train=train)).codes
+    assert len(codes[:, 1].unique()) == SMALL["codes"]
 
 
 def test_levels_go_from_coarse_to_fine_and_can_be_turned_round() -> None:

@@ -254,6 +254,18 @@ def test_ids_follow_the_tokenizer_once_an_epoch_and_are_frozen_after_stage_two()
     assert torch.equal(last, codes_after(3)) and torch.equal(last, codes_after(4))
 
 
+def test_items_without_features_have_random_codes_of_their_own() -> None:
+    model = some_model()
+    lacking = torch.arange(200) >= 140
+    model.inputs[lacking], model.present[lacking] = 0.0, False
+    model.drawn.copy_(torch.randint(model.n_codes, model.drawn.shape, generator=random()))
+    model.begin_epoch(0, random())
+    assert len(model.codes[lacking].unique(dim=0)) > 55
+    assert torch.equal(model.codes[~lacking], model.tokenizer.encode(model.inputs)[~lacking])
+    soft = model.loss(some_batch())["digits"]  # item 150 has no features
+    torch.testing.assert_close(soft, model.eval().loss(some_batch())["digits"])
+
+
 def test_the_tokenizer_learns_more_slowly() -> None:
     model = some_model(tune_rate=0.1)
     rates = {id(p): group["rate"] for group in model.parameter_groups() for p in group["params"]}

@@ -156,6 +156,17 @@ def test_a_trial_of_a_living_process_is_left_alone(tmp_path, mode_flags, tiny, t
     assert len(places(tmp_path, "RUNNING")) == 2
 
 
+def test_a_trial_that_died_before_its_settings_were_asked_for_tries_the_same(
+    tmp_path, mode_flags, task
+):
+    request = asked(mode_flags)
+    one, two = (Search(request, task, tmp_path, "sasrec") for _ in range(2))
+    told = {"sasrec.dropout": 0.5, "train.clip": 1.25, "train.warmup_steps": 3}
+    one.study.enqueue_trial(told)
+    one.study.ask()  # and dies
+    assert two._next().changes == told
+
+
 def asked(flags: list[str], **more: object) -> Request:
     pairs = [f.split("=", 1) for f in flags if "." in f and "=" in f and not f.startswith("--")]
     return Request(dict(pairs) | {"run.model": "sasrec", "hyper.trials": 3} | more, {}, None)

@@ -212,11 +212,12 @@ def test_votes_by_hand() -> None:
     nothing = NOT_FOUND
     first = torch.tensor([[-1.0, -2.0, -3.0, nothing]])
     second = torch.tensor([[-2.0, -1.0, nothing, nothing]])
-    found = votes([first, second], 2)[0]
+    two = torch.tensor([2])
+    found = votes([first, second], two)[0]
     # 1 / log2 2 = 1 and 1 / log2 3 = .6309; the third place is no longer counted
     torch.testing.assert_close(found[:2], torch.tensor([1.6309, 1.6309]), rtol=1e-3, atol=1e-3)
     assert found[2:].tolist() == [0, 0]
-    likelier = votes([first, torch.tensor([[-1.5, -1.0, nothing, nothing]])], 2)[0]
+    likelier = votes([first, torch.tensor([[-1.5, -1.0, nothing, nothing]])], two)[0]
     assert likelier[0] > found[0], "of equal votes the likelier item wins"
 
 

@@ -121,6 +121,15 @@ def test_codes_are_decided_by_the_seed(tokenizer: str) -> None:
     assert one.min() >= 0 and one.max() < 8
 
 
+def test_code_vectors_begin_as_long_whatever_codes_are() -> None:
+    def length(start: bool, tokenizer: str) -> float:
+        model = make_model(start_from_codewords=start, tokenizer=tokenizer)
+        return float(model.tokens.weight[1:-1].detach().norm(dim=1).mean())
+
+    assert length(True, "random") == pytest.approx(length(True, "opq"), rel=0.1)
+    assert length(False, "opq") < 0.2 * length(True, "opq")
+
+
 def test_similar_items_get_similar_codes() -> None:
     rng = np.random.default_rng(1)
     centres = rng.normal(size=(6, 12))

@@ -78,6 +78,15 @@ def test_learning_rate_by_hand(tiny, tmp_path, schedule, expected):
     assert rates == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_warm_up_takes_a_quarter_of_a_short_training_at_most(tiny, tmp_path):
+    model, rates = Toy(), []
+    settings = {"train.schedule": "constant", "train.warmup_steps": 500}
+    trainer = toy_trainer(tiny, tmp_path, model, settings)
+    model.on_step = lambda: rates.append(trainer.optimiser.param_groups[0]["lr"])
+    trainer.fit()  # 8 steps
+    assert rates == pytest.approx([0.05] + [0.1] * 7)
+
+
 @pytest.mark.parametrize(("clip", "norm"), [(1.0, 1.0), (100.0, 10 * 3**0.5), (0.0, 10 * 3**0.5)])
 def test_gradients_are_clipped(tiny, tmp_path, clip, norm):
     model, norms = Toy((10.0,) * 100), []
