@@ -25,7 +25,7 @@ Differs: any number of modalities, one uniqueness expert each; a missing feature
 noise in that modality only; negatives are drawn outside the user's train items (the release leaves
 out held-out items as well, a leak) and candidates are the real items; positions are counted from
 the newest item and no work is done on padding, which gives the same states; no BPR term is ever
-infinite; no optimiser step on random items before the first epoch.
+infinite; no optimiser step on random items before the first epoch; batches as in sasrec.py.
 Checked against: numbers of the released code on toy data (tests/test_prism.py). Published on
 Beauty, seen items masked: PRISM+SASRec R@10 .0681 / N@10 .0343, its SASRec .0534 / .0247;
 PRISM+STOSA .0762 / .0481, its STOSA .0648 / .0339.

@@ -11,11 +11,13 @@ detached, so here it is frozen. Size at the paper's setting (4096-d and 384-d fe
 
 Differs: graphs are built of train alone and never cached (the official caches go by the name of the
 data set); negatives avoid the user's train items, not the held-out ones (a leak of the release);
-any number of modalities: `*_first` is the share of the first in the mixed graphs and the others
-share the rest, cross-attention asks with the mean of the other modalities, pairs of modalities are
-contrasted; an item without a modality has no edges in its graph and the mean of the others as
-features; a user without train items has no interest, not NaN; which of equally frequent neighbours
-come first is up to torch.topk, as there.
+any number of modalities: `*_first` is the share of the pictures in the mixed graphs, the first of
+the paper's two modalities, and the others share the rest (all alike where there are no pictures: on
+Beauty the text comes first, and the paper's 0 left it out of the item graph), cross-attention asks
+with the mean of the other modalities, pairs of modalities are contrasted; an item without a
+modality has no edges in its graph and the mean of the others as features; a user without train
+items has no interest, not NaN; a row is among its nearest also where more rows than there is room
+for equal it; which of equally frequent neighbours come first is up to torch.topk, as there.
 Set by the loop: AdamW with decay `train.weight_decay` (official 5e-4 at lr 5e-5 on Baby). The
 weight of orthogonality grows with the square of the batch and is meant for 2048.
 Checked against: numbers of the official code on toy data (tests/test_rearm.py). Published, second
@@ -71,6 +73,8 @@ class REARM(GraphRecommender):
         "train.lr": (3e-4, 5e-3, "log"),
         "rearm.rank": [3, 7],
         "rearm.user_co": [0.4, 0.7, 0.9],
+        "rearm.user_first": [0.0, 0.2, 0.5],
+        "rearm.item_first": [0.0, 0.2, 0.5],
         "rearm.user_neighbours": [25, 40],
         "rearm.contrast": [1e-6, 5e-6, 1e-4, 1e-3],
         "rearm.temperature": [0.03, 0.6, 1.5],
@@ -115,8 +119,10 @@ class REARM(GraphRecommender):
             self.features[m].copy_(rows)
             self.interests[m].fill(interest)
         known = list(present.T.to(self.items.device))
-        users = similarity(interests, None, own.user_neighbours, own.user_first)
-        items = similarity(features, known, own.item_neighbours, own.item_first)
+        names = list(data.catalogue.modalities)
+        shares = shares_of(names, own.user_first), shares_of(names, own.item_first)
+        users = similarity(interests, None, own.user_neighbours, shares[0])
+        items = similarity(features, known, own.item_neighbours, shares[1])
         in_common = taken_together(self.bipartite, own.user_neighbours, False, generator)
         self.user_graph.fill(blended(in_common, users, own.user_co), (data.n_users, data.n_users))
         in_common = taken_together(self.bipartite, own.item_neighbours, True, generator)
@@ -224,10 +230,18 @@ class MetaTransform(nn.Module):
 # --------------------------------------------------------------------------- graphs
 
 
-def similarity(vectors: list[Tensor], present: list[Tensor] | None, k: int, first: float) -> Edges:
+def shares_of(names: list[str], visual: float) -> list[float]:
+    """beta_m of each modality: `visual` of pictures, the rest even; without pictures all even."""
+    others = len(names) - 1
+    if "visual" not in names or not others:
+        return [1 / len(names)] * len(names)
+    return [visual if name == "visual" else (1 - visual) / others for name in names]
+
+
+def similarity(
+    vectors: list[Tensor], present: list[Tensor] | None, k: int, shares: list[float]
+) -> Edges:
     """sum_m beta_m cos_m / k over the k nearest rows in each modality, itself included."""
-    others = len(vectors) - 1
-    shares = [first, *[(1 - first) / others] * others] if others else [1.0]
     parts = []
     for m, (x, share) in enumerate(zip(vectors, shares, strict=True)):
         found = nearest(x, k, present[m] if present else None)

@@ -189,6 +189,8 @@ def read_reviews(path: Path) -> Reviews:
             if type(value) not in kind or value in ("", inf, -inf) or value != value:
                 shown = f"is {value!r}" if key in record else "is missing"
                 raise lines.fault(line, f"key {key!r} {shown}")
+        if abs(rating) > 1e300:  # an integer may be larger than any float
+            raise lines.fault(line, f"key {keys[2]!r} is {str(rating)[:20]}..., which is no rating")
         if abs(time) >= 2**63:
             raise lines.fault(line, f"key {keys[3]!r} is {time!r}, which is no time")
         for column, value in zip(columns, (users[user], items[item], rating, time), strict=True):

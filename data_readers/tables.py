@@ -24,7 +24,8 @@ class Sequences(NamedTuple):
     @property
     def timed(self) -> bool:
         """Whether there are times, not just the order of the rows."""
-        return bool((self.timestamps >= 0).any())
+        rows = np.arange(len(self.timestamps)) - np.repeat(self.offsets[1:], self.lengths)
+        return bool((self.timestamps != rows).any())
 
     @property
     def lengths(self) -> np.ndarray:

@@ -41,7 +41,9 @@ def baseline_table(found: list[Entry]) -> Table:
         f"Means{' ± standard deviations over seeds' if frame['seeds'].max() > 1 else ''}; best "
         "bold, second underlined."
     )
-    if len(found) > 1:
+    if len(found) > 1 and len(best.users()) < FEWEST:
+        note += f" Fewer than {FEWEST} users: no differences were tested."
+    elif len(found) > 1:
         note += (
             f" NDCG@10 above (*) or below (†) that of {best.model}{_role(best)} at "
             f"p < {SIGNIFICANT}, {USERS_ONLY}, Holm."
@@ -180,7 +182,7 @@ def group_table(found: list[Entry], task: Task) -> Table:
         f"NDCG@10. {_over_seeds([best, *ours])}Δ against {best.model}{_role(best).rstrip(',')}; "
         "* its 95 % interval (paired bootstrap over the users of the group, not corrected "
         f"for the number of groups) leaves out 0; – fewer than {FEWEST} users. Short, long, "
-        "missing most and least: outer quarters of the users; planted: the taste that the mock "
+        "missing most and least: at or beyond the quartiles; planted: the taste that the mock "
         "generator gave. Nothing is bold. What weights of the user add is in the ablations, not "
         "here: the models of this table differ in more than that."
     )

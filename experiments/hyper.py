@@ -4,22 +4,23 @@ The study is a SQLite file in the run folder, so a search can be stopped, resume
 (`--resume RUN --trials 40`) and shared: `--mode hyper --set hyper.join=RUN`, started as often as
 there are processors or machines that see the folder, works on its trials. Trial 0 is the preset.
 A trial that was cut off goes on from its checkpoint. Test is looked at once, when the best trial is
-trained anew.
+trained anew; if more trials find a better one, that one takes its place.
 """
 
 from __future__ import annotations
 
+import shutil
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from config import MODE_MODELS
+from config import MODE_MODELS, build_config, read_yaml, value_of
 from experiments import plots, report
 from experiments.modes import Job, conduct, run_jobs, seeds_of
 from experiments.requests import Request, read_request
-from experiments.runs import Task, load_task, model_class
+from experiments.runs import CONFIG, Task, load_task, model_class
 from experiments.search import (
     STUDY,
     Search,
@@ -57,9 +58,10 @@ def models_to_search(request: Request) -> tuple[str, ...]:
 
 def search_and_test(request: Request, task: Task, folder: Path) -> list[Path]:
     """The part of mode hyper; returns the folders of the runs that failed."""
-    failed = []
-    for name in models_to_search(request):
+    failed, names = [], models_to_search(request)
+    for name in names:
         Search(request, task, folder, name).work(wait=True)
+    for name in names:
         best = from_first(best_changes(folder, name) if rank() == 0 else None)
         if best is None:
             logger.error("%s: no trial has finished, so there is nothing to test.", name)
@@ -70,8 +72,24 @@ def search_and_test(request: Request, task: Task, folder: Path) -> list[Path]:
             Job(folder / f"{name}--{TUNED}_seed{seed}", name, seed, changes)
             for seed in seeds_of(request.config())
         ]
+        if rank() == 0:
+            for job in jobs:
+                _drop_unless_best(job.place, best)
+        from_first(None)  # the others wait
         failed += run_jobs(request, jobs, task)
     return failed
+
+
+def _has(folder: Path, best: dict[str, Any]) -> bool:
+    """Whether a run has the settings that are the best ones now."""
+    made = build_config(overlay=read_yaml(str(folder / CONFIG)))
+    return all(value_of(made, key) == value for key, value in best.items())
+
+
+def _drop_unless_best(folder: Path, best: dict[str, Any]) -> None:
+    if (folder / CONFIG).exists() and not _has(folder, best):
+        logger.info("Better settings were found: %s is trained anew.", folder.name)
+        shutil.rmtree(folder)
 
 
 def _join(folder: Path) -> int:
@@ -106,15 +124,20 @@ def write_hyper(folder: Path, task: Task, latest: Path | None = None) -> list[Ta
         with atomic_path(folder / f"hyper_trials_{name}.csv") as path:
             trials.to_csv(path, index=False)
         _draw(folder, name, trials, importance)
+        best = best_changes(folder, name)
+        if name in tuned and not all(_has(run.folder, best) for run in tuned[name].runs):
+            logger.warning("%s: better settings than those tested were found; go on with", name)
+            logger.warning("  --mode hyper --resume %s", folder)
+            tuned.pop(name)
         content[name] = {
             "space": model_class(name).search_space,
-            "best": best_changes(folder, name),
+            "best": best,
             "trials": trials.to_dict("records"),
             "importance": importance,
             "runs": [run.result for run in tuned[name].runs] if name in tuned else [],
         }
         if name in tuned:
-            rows.append(_tuned_row(tuned[name], trials, content[name]["best"]))
+            rows.append(_tuned_row(tuned[name], trials, best))
     if not rows:
         logger.warning("No tuned model has been tested yet: no table of the search.")
         return []

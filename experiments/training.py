@@ -125,6 +125,8 @@ class Trainer:
                 if self._out_of_patience():
                     break
                 self._run_epoch(epoch, stop)
+            if self._anybody(stop.requested):  # during the last evaluation
+                raise Stopped
         # The others wait here until the first process has written the last weights.
         if from_first((self.folder / BEST).exists()):
             self.model.load_state_dict(load_checkpoint(self.folder / BEST, self.device)["model"])

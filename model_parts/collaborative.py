@@ -80,7 +80,8 @@ class GraphRecommender(Recommender):
     def triples(self, batch: Batch) -> Triples:
         """The targets of a batch with one random item each that the user does not have in train.
 
-        The first item of a history is no target of any prefix, so it comes along with the second.
+        The first item of a history is no target of any prefix, so it comes along with the second. A
+        user with a single train item is in the graph, but in no triple.
         """
         self.forget()
         rows, steps = torch.nonzero(batch.targets, as_tuple=True)

@@ -294,9 +294,10 @@ class Neighbours(NamedTuple):
 
 @torch.no_grad()
 def nearest(vectors: Tensor, k: int, present: Tensor | None = None) -> Neighbours:
-    """The k rows of largest cosine, itself included: vectors [R, d] -> [R, min(k, R)].
+    """The k rows of largest cosine, itself first: vectors [R, d] -> [R, min(k, R)].
 
-    Rows that are not `present` are nobody's neighbours and have none.
+    More than k rows may equal a row; it is among its own all the same, unless it is zero. Rows that
+    are not `present` are nobody's neighbours and have none.
     """
     unit = F.normalize(vectors, dim=1)
 
@@ -304,9 +305,12 @@ def nearest(vectors: Tensor, k: int, present: Tensor | None = None) -> Neighbour
         block = unit[rows] @ unit.T
         if present is not None:
             block = block.masked_fill_(~(present[rows][:, None] & present), float("-inf"))
+        own = block[torch.arange(len(rows)), rows]
+        block[torch.arange(len(rows)), rows] = torch.where(own > 0, own + 1, own)  # before equals
         return block
 
-    return _best_of_blocks(cosines, len(vectors), k)
+    found = _best_of_blocks(cosines, len(vectors), k)
+    return found._replace(values=found.values.clamp(max=1))
 
 
 @torch.no_grad()

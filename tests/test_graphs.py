@@ -180,6 +180,13 @@ def test_nearest_rows_are_those_of_brute_force(block, monkeypatch):
     assert (found.columns[:, 0] == torch.arange(20)).all()
 
 
+def test_a_row_is_its_own_first_neighbour_beside_more_equal_ones_than_there_is_room_for():
+    x = torch.randn(3, 4, generator=random()).repeat(10, 1)
+    found = nearest(x, 5)
+    assert (found.columns[:, 0] == torch.arange(30)).all()
+    torch.testing.assert_close(found.values, torch.ones(30, 5))
+
+
 def test_absent_rows_are_nobodys_neighbours():
     present = torch.ones(20, dtype=torch.bool)
     present[[3, 7]] = False

@@ -95,6 +95,27 @@ def test_more_trials_are_added_to_a_study(flags, tmp_path, trained, newest):
     assert not [params for params in after[4:] if params in before], "no trial is drawn twice"
 
 
+def test_better_settings_found_later_are_tested_in_place_of_the_old_ones(
+    flags, tmp_path, trained, newest, capsys
+):
+    assert main(flags) == 0
+    folder = newest(tmp_path)
+    study = open_study(folder, "sasrec")
+    better = {"train.clip": 1.5, "sasrec.dropout": 0.5, "train.warmup_steps": 1}
+    spaces = trials_in(folder)[0].distributions
+    study.add_trial(optuna.trial.create_trial(
+        params=better, distributions=spaces, value=0.9, user_attrs={"place": "trials/sasrec_4"},
+    ))  # fmt: skip
+    trained.clear()
+    capsys.readouterr()
+    own = [flag for flag in flags if flag.startswith(("--log_dir", "--data_dir"))]
+    main(["--mode", "report", "--from", str(folder), *own])
+    assert "better settings than those tested" in capsys.readouterr().err
+    assert main([*flags, "--resume", str(folder)]) == 0
+    assert trained == ["sasrec--tuned_seed42"]
+    assert "clip: 1.5" in (folder / "sasrec--tuned_seed42" / "config.yaml").read_text()
+
+
 @pytest.mark.slow
 def test_the_same_seed_searches_the_same_way(flags, tmp_path, newest):
     assert main(flags) == 0

@@ -21,7 +21,13 @@ from graph_toys import (
 )
 
 from baseline_models import rearm
-from baseline_models.rearm import REARM, MetaTransform, co_occurrence_edges, similarity
+from baseline_models.rearm import (
+    REARM,
+    MetaTransform,
+    co_occurrence_edges,
+    shares_of,
+    similarity,
+)
 from config import Config
 from model_parts.base import TrainingData, count_parameters
 from model_parts.collaborative import Triples
@@ -89,11 +95,11 @@ def test_losses_and_gradients_are_the_official_ones(model, official, monkeypatch
 
 def test_similarity_graphs_are_the_official_ones(model, official):
     features = [official["visual"], official["text"]]
-    items = stored(similarity(features, None, 4, 0.3), 12)
+    items = stored(similarity(features, None, 4, [0.3, 0.7]), 12)
     torch.testing.assert_close(items, official["similar_items"], atol=1e-6, rtol=0)
     means = dense(model.bipartite)
     means = means / means.sum(1, keepdim=True)
-    users = stored(similarity([means @ x for x in features], None, 5, 0.2), 14)
+    users = stored(similarity([means @ x for x in features], None, 5, [0.2, 0.8]), 14)
     torch.testing.assert_close(users, official["similar_users"], atol=1e-6, rtol=0)
 
 
@@ -167,11 +173,20 @@ def test_a_user_without_train_items_gets_finite_vectors():
 
 def test_an_item_without_a_modality_is_in_nobodys_row():
     data = random_toy()
-    data.catalogue.modalities["m0"][1][3] = False
+    parts = data.catalogue.modalities
+    parts["visual"] = parts.pop("m0")
+    parts["visual"][1][3] = False
     model = make(data, item_co=0.0, item_first=1.0, item_neighbours=4)
     graph = dense(model.item_graph)
     assert not graph[3].any() and not graph[:, 3].any()
     assert model.vectors()[1].isfinite().all()
+
+
+def test_the_share_is_that_of_the_pictures():
+    assert shares_of(["visual", "text"], 0.2) == pytest.approx([0.2, 0.8])
+    assert shares_of(["audio", "visual", "text"], 0.2) == pytest.approx([0.4, 0.2, 0.4])
+    assert shares_of(["text", "category"], 0.0) == [0.5, 0.5]
+    assert shares_of(["visual"], 0.2) == [1.0]
 
 
 def test_the_graph_of_items_mixes_both_kinds():
