@@ -5,8 +5,9 @@ Reproduced: causal self-attention over item and position embeddings, tied output
 with a loss at every position. Differs: cross-entropy over the whole catalogue instead of one
 sampled negative with BCE (the published row, Beauty R@10 .0605, is that weaker loss), post-norm
 blocks with GELU as in S3-Rec and RecBole; batches of histories of about the same length with a mean
-over their positions, so that a position of a short history counts more. Checked against: cross-entropy re-runs on Beauty,
-R@10 .0859 +- .0015 and N@10 .0503 +- .0006 (3 seeds, ties shuffled, seen items masked).
+over their positions, so that a position of a short history counts more. Checked against:
+cross-entropy re-runs on Beauty, R@10 .0859 +- .0015 and N@10 .0503 +- .0006 (3 seeds, ties
+shuffled, seen items masked).
 """
 
 from __future__ import annotations
