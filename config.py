@@ -778,7 +778,7 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train.batch_size": 256,
             "train.schedule": "cosine",
             "train.warmup_steps": 500,
-            "train.epochs": 12,
+            "train.epochs": 20,
             "train.eval_every": 4,
             "mmq.among": "existing",
             "mmq.tokenizer_steps": 1000,

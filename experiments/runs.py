@@ -182,10 +182,19 @@ def load_trained(folder: Path) -> tuple[Recommender, Config, Task]:
 
 
 def load_model(folder: Path, catalogue: Any) -> tuple[Recommender, Config]:
-    """The trained model of a run folder and its settings. Raises UserError without weights."""
+    """The trained model of a run folder and its settings.
+
+    Raises UserError without weights, or with those of another version of the model.
+    """
     config = build_config(overlay=read_yaml(str(folder / CONFIG)))
     model = model_class(config.run.model)(config, catalogue)
-    model.load_state_dict(load_checkpoint(folder / BEST)["model"])
+    try:
+        model.load_state_dict(load_checkpoint(folder / BEST)["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{folder / BEST} does not fit {config.run.model} as it is now; train it again, or use "
+            f"the version that made it. ({str(error).splitlines()[-1].strip()})"
+        ) from error
     return model.eval(), config
 
 

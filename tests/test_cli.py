@@ -16,6 +16,7 @@ from experiments import runs
 from experiments.runs import load_model, load_ranks
 from main import main
 from metrics import ranking_metrics
+from util import UserError
 
 
 @pytest.fixture
@@ -89,6 +90,11 @@ def test_a_stored_run_loads_again(quick, tmp_path, task):
     (folder,) = run_folders(tmp_path)
     model, config = load_model(folder, task.dataset.catalogue)
     assert config.sasrec.width == 16 and not model.training
+    stored = torch.load(folder / "best.pt", weights_only=True)
+    stored["model"].popitem()
+    torch.save(stored, folder / "best.pt")  # as of a version in which the model had less
+    with pytest.raises(UserError, match="does not fit sasrec as it is now"):
+        load_model(folder, task.dataset.catalogue)
 
 
 def test_a_folder_of_own_data_works(folders, small_flags, tmp_path, write_folder):
