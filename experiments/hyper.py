@@ -126,8 +126,10 @@ def write_hyper(folder: Path, task: Task, latest: Path | None = None) -> list[Ta
         _draw(folder, name, trials, importance)
         best = best_changes(folder, name)
         if name in tuned and not all(_has(run.folder, best) for run in tuned[name].runs):
-            logger.warning("%s: better settings than those tested were found; go on with", name)
-            logger.warning("  --mode hyper --resume %s", folder)
+            logger.warning(
+                "%s: better settings than those tested were found; --mode hyper --resume %s tests "
+                "them.", name, folder,
+            )  # fmt: skip
             tuned.pop(name)
         content[name] = {
             "space": model_class(name).search_space,
