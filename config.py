@@ -107,7 +107,7 @@ class Train:
     eval_every: int = number(1, 1, 100_000, "epochs between evaluations on valid")
     eval_batch_size: int = number(256, 1, 1_000_000, "users scored at once")
     mask_seen: bool = setting(True, "leave items of the history out of the ranking")
-    amp: str = choice("auto", ("auto", "bf16", "fp16", "off"), "mixed precision; CUDA only")
+    amp: str = choice("auto", ("auto", "bf16", "fp16", "off"), "mixed precision, in training only")
     compile: bool = setting(False, "torch.compile the model")
     num_workers: int = number(0, 0, 64, "0 builds batches in the loop, more prefetches in a thread")
     checkpoint_minutes: float = number(10.0, 0.0, 1e6, "minutes between checkpoints in an epoch")
@@ -648,7 +648,7 @@ def _id_writer(
             "train.batch_size": 256,
             "train.schedule": "cosine",
             "train.warmup_steps": 500,
-            "train.epochs": 20,
+            "train.epochs": 24,
             "train.eval_every": 4,
         }
         | {f"{name}.{key}": value for key, value in everywhere.items()},
@@ -816,7 +816,7 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train.schedule": "cosine",
             "train.warmup_steps": 500,
             "train.weight_decay": 0.05,
-            "train.epochs": 12,
+            "train.epochs": 16,
             "train.eval_every": 4,
             "train.patience": 2,
             "pctx.among": "existing",

@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
         note = note.format(value_of(defaults, key))
         parser.add_argument(f"--{flag}", type=kind, help=note)
     parser.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, help="mixed precision on CUDA"
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        help="mixed precision in training",
     )
     parser.add_argument(
         "--mask_seen", "--mask-seen", action=argparse.BooleanOptionalAction,

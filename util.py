@@ -44,9 +44,12 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def autocast_type(amp: str, device: torch.device) -> torch.dtype | None:
-    """Mixed-precision type, None for full precision. CUDA only: on most CPUs it is slower."""
-    if device.type != "cuda" or amp == "off":
+    """Mixed-precision type, None for full precision. On CPUs that do not multiply bf16 by
+    themselves it would only be slower, and fp16 would be on all."""
+    if amp == "off":
         return None
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
     if amp == "fp16" or (amp == "auto" and not torch.cuda.is_bf16_supported()):
         return torch.float16
     return torch.bfloat16
@@ -227,14 +230,16 @@ def start_logging(log_dir: str) -> logging.Logger:
     return logger
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, amp: str) -> dict[str, Any]:
     """Versions and machine class, for metrics.json; no host name, no path."""
+    half = autocast_type(amp, device)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "processes": world_size(),
+        "training": str(half or torch.float32).removeprefix("torch."),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 

@@ -44,6 +44,7 @@ from config import Config
 from model_parts.backbone import Positions, PostNormBlock, at_last, init_weights
 from model_parts.base import Batch, Recommender, TrainingData
 from model_parts.collaborative import item_features
+from model_parts.dropout import Dropout
 from model_parts.graphs import SparseGraph, draw_negatives, interaction_edges
 from model_parts.softmax import item_cross_entropy
 from model_parts.stochastic import Gaussian, StochasticBlock, distances, positive, ranking_losses
@@ -112,7 +113,7 @@ class PRISM(Recommender, Stream):
         self.experts = Experts(len(widths), d, own.expert)
         self.gate = Gate(len(widths) + 2, d, own.gate_dropout, own.temperature)
         self.norm = nn.LayerNorm(d, eps=1e-12)
-        self.dropout = nn.Dropout(own.dropout)
+        self.dropout = Dropout(own.dropout)
         self.blocks = nn.ModuleList(_block(own) for _ in range(own.layers))
         self.bipartite = SparseGraph()  # who took what in train, for the negatives
         mean = _MEAN_OF_INIT[own.host]
@@ -277,7 +278,7 @@ class Gate(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.layers = nn.Sequential(
-            nn.Linear((n_experts + 1) * width, 2 * width), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear((n_experts + 1) * width, 2 * width), nn.GELU(), Dropout(dropout),
             nn.Linear(2 * width, n_experts),
         )  # fmt: skip
 

@@ -293,8 +293,11 @@ def _scalar_attention(dropout: float) -> nn.MultiheadAttention:
 
 def _attend(attention: nn.MultiheadAttention, asking: Tensor, x: Tensor) -> Tensor:
     """The d features of a row as d tokens of width 1: [R, d], [R, d] -> [R, d]."""
-    tokens = x[:, :, None]
-    return attention(asking[:, :, None], tokens, tokens, need_weights=False)[0][:, :, 0]
+    # to a CPU half precision means twice the time here: a width of 1 leaves it nothing to save
+    with torch.autocast("cpu", enabled=False):
+        tokens = x.float()[:, :, None]
+        asking = asking.float()[:, :, None]
+        return attention(asking, tokens, tokens, need_weights=False)[0][:, :, 0]
 
 
 def _pairs(content: list[Tensor], rows: Tensor) -> list[tuple[Tensor, Tensor]]:

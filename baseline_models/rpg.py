@@ -36,6 +36,7 @@ from model_parts.decoding import (
     similarity_graph,
     token_rows,
 )
+from model_parts.dropout import Dropout
 from model_parts.item_vectors import chosen_modalities, item_vectors, rows_in_train
 from model_parts.quantisers import ProductQuantiser, projected_codewords
 from model_parts.residual import colliding_share
@@ -71,7 +72,7 @@ class RPG(Recommender):
         # row 0 is padding, code c of digit j is row c + K j + 1, the last row is the paper's EOS
         self.tokens = nn.Embedding(own.digits * own.codes + 2, own.width, padding_idx=0)
         self.positions = Positions(config.data.max_history, own.width, from_end=False)
-        self.dropout = nn.Dropout(own.embedding_dropout)
+        self.dropout = Dropout(own.embedding_dropout)
         self.blocks = nn.ModuleList(
             PreNormBlock(own.width, own.heads, own.inner, 0.0, own.attention_dropout)
             for _ in range(own.layers)

@@ -242,9 +242,10 @@ def efficiency_table(found: list[Entry]) -> Table:
     """Time to train and to answer, memory and size of all models."""
     machine = found[0].runs[0].result["environment"]
     note = (
-        f"On {machine['device']}, {machine['threads']} threads. Stage one: what comes before the "
-        "first epoch; epochs: how many were run; peak MB: the most memory of the run, less what "
-        "the process held before it; IDs ms: coding the whole catalogue for one user. Latency of "
+        f"On {machine['device']}, {machine['threads']} threads, training in "
+        f"{machine.get('training', 'float32')}. Stage one: what comes before the first epoch; "
+        "epochs: how many were run; peak MB: the most memory of the run, less what the process "
+        "held before it; IDs ms: coding the whole catalogue for one user. Latency of "
         "one request for the 10 best items of 1 and of 64 users, from histories in memory to lists "
         f"in memory; users/s at 64. {_over_seeds(found)}fastest bold, second underlined."
     )

@@ -249,8 +249,9 @@ def _how_it_was_made(folder: Path) -> Section:
         "Model selection on valid NDCG@10; tokenizers, graphs and statistics saw the train part "
         "only. Every number is measured by the runs in this folder.",
         "Settings of the command: " + (", ".join(f"{k}={v}" for k, v in asked.items()) or "none"),
-        f"Machine: {machine['device']}, {machine['threads']} threads, {machine['platform']}, "
-        f"Python {machine['python']}, torch {machine['torch']}.",
+        f"Machine: {machine['device']}, {machine['threads']} threads, training in "
+        f"{machine.get('training', 'float32')}, {machine['platform']}, Python "
+        f"{machine['python']}, torch {machine['torch']}.",
         f"Rebuild tables and figures: python main.py --mode report --from results/{folder.name}",
     ]
     if failed:

@@ -154,7 +154,7 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
         "efficiency": measured_speed(
             trainer, histories, split.test.users, config, list_length(task), memory_before
         ),
-        "environment": environment(device),
+        "environment": environment(device, config.train.amp),
     }
     result |= _with_valid_in_graph(model, config, task, device)
     if rank() == 0:

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
@@ -187,7 +186,7 @@ class Trainer:
         own = (batch.targets > 0).sum().float() * counts
         everyone = sum_over_processes(own.clone())
         share = own / everyone.clamp(min=1)
-        with torch.autocast("cuda", self.autocast) if self.autocast else nullcontext():
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             parts = self.loss(batch)
         values = torch.stack([part.float() for part in parts.values()]) * share
         self.scaler.scale(values.sum()).backward()

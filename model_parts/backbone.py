@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_parts.dropout import Dropout, attend
+
 
 class SelfAttention(nn.Module):
     """Multi-head causal self-attention, [B, T, d] -> [B, T, d]."""
@@ -29,12 +31,12 @@ class SelfAttention(nn.Module):
         """Each position attends to itself and those before it."""
         B, T, d = x.shape
         q, k, v = self.project_in(x).view(B, T, 3, self.heads, d // self.heads).unbind(2)
-        mixed = F.scaled_dot_product_attention(
+        mixed = attend(
             q.transpose(1, 2),  # [B, heads, T, d/heads]
             k.transpose(1, 2),
             v.transpose(1, 2),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            causal=True,
+            rate=self.dropout if self.training else 0.0,
         )
         return self.project_out(mixed.transpose(1, 2).reshape(B, T, d))
 
@@ -64,7 +66,7 @@ class PostNormBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=1e-12)
         self.feed_forward = FeedForward(width, inner)
         self.feed_forward_norm = nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """[B, T, d] -> [B, T, d]; `present` is there for blocks that must see the padding."""
@@ -83,7 +85,7 @@ class PreNormBlock(nn.Module):
         self.attention = SelfAttention(width, heads, attention_dropout)
         self.feed_forward_norm = nn.LayerNorm(width, eps=1e-12)
         self.feed_forward = FeedForward(width, inner, approximate="tanh")
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] -> [B, T, d]."""
@@ -137,7 +139,7 @@ class FrequencyBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width, eps=1e-12)
         self.feed_forward = FeedForward(width, 4 * width)
         self.feed_forward_norm = nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
         """x [B, T, d]; present [B, T, 1] is 0 at padding, which the filter must not see."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model_parts.backbone import Positions, PreNormBlock, at_last, init_weights
 from model_parts.contrastive import RandomPrefixes, spans, two_view_loss
+from model_parts.dropout import Dropout
 from model_parts.quantisers import assign, kmeans
 from model_parts.softmax import item_cross_entropy
 from model_parts.stage_one import minimise
@@ -43,7 +44,7 @@ class ContextEncoder(nn.Module):
         super().__init__()
         self.items = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.positions = Positions(window, width, from_end=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(
             PreNormBlock(width, heads, width, 0.0, dropout) for _ in range(layers)
         )

@@ -162,13 +162,11 @@ class _SparseProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)
     def forward(ctx: Any, x: Tensor, *graph: Tensor) -> Tensor:
         ctx.save_for_backward(*graph[3:])
-        return _bag(x, *graph[:3])
+        return _bag(x.float(), *graph[:3])  # in float32 also under autocast
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return _bag(upstream, *ctx.saved_tensors), *[None] * 6
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model_parts.backbone import PreNormBlock
+from model_parts.dropout import Dropout, attend
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -66,7 +67,7 @@ class EncoderDecoder(nn.Module):
         self.decoder_positions = RelativePositions(heads, width, both_ways=False)
         self.encoder_norm = nn.RMSNorm(width, eps=1e-6)
         self.decoder_norm = nn.RMSNorm(width, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def encode(self, x: Tensor, present: Tensor) -> tuple[Memory, Tensor]:
         """x [B, S, d], present [B, S] bool with at least one token each -> memory, first input."""
@@ -108,7 +109,7 @@ class _Layer(nn.Module):
         self.expand = _linear(width, inner, width**-0.5)
         self.contract = _linear(inner, width, inner**-0.5)
         self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def read(self, x: Tensor, bias: Tensor) -> Tensor:
         """Encoder side: x [B, S, d], bias [B, H, S, S] -> [B, S, d]."""
@@ -156,10 +157,8 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, memory: KeysValues, mask: Tensor) -> Tensor:
         """Queries x [..., t, d]; mask [..., t, S] bool, or added to the scores -> [..., t, d]."""
         queries = self.query(x).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-        mixed = F.scaled_dot_product_attention(
-            queries, *memory, attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0, scale=1.0,
-        )  # fmt: skip
+        rate = self.dropout if self.training else 0.0
+        mixed = attend(queries, *memory, mask, rate=rate, scale=1.0)
         return self.project_out(mixed.transpose(-2, -3).flatten(-2))
 
 
@@ -222,7 +221,7 @@ class DecoderOnly(nn.Module):
             PreNormBlock(width, heads, inner, dropout, dropout) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width, eps=1e-5)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, d] -> the state after every token [B, S, d]; what training needs."""

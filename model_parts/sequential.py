@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from model_parts.backbone import Positions, at_last
 from model_parts.base import Batch, Recommender
+from model_parts.dropout import Dropout
 from model_parts.softmax import item_cross_entropy
 
 
@@ -19,7 +20,7 @@ class SequentialRecommender(Recommender):
         self.items = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.positions = Positions(max_history, width, from_end=True)
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = blocks
 
     def encode(self, batch: Batch) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_parts.dropout import Dropout
+
 _LEAST_COVARIANCE = 1e-24  # keeps the slope of the square root finite
 
 
@@ -118,7 +120,7 @@ class StochasticAttention(nn.Module):
         self.mean_out = nn.Linear(width, width) if encode_mean else None
         self.cov_out = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Gaussian) -> Gaussian:
         """[B, T, d] -> [B, T, d]; covariances leave without a sign, the feed-forward mends it."""
@@ -152,7 +154,7 @@ class EluFeedForward(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.ELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
+            nn.Linear(width, 4 * width), nn.ELU(), nn.Linear(4 * width, width), Dropout(dropout)
         )
         self.norm = nn.LayerNorm(width, eps=1e-12)
 

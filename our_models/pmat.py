@@ -29,6 +29,7 @@ from model_parts.backbone import FrequencyBlock, Positions, at_last, init_weight
 from model_parts.base import Batch, TrainingData
 from model_parts.chunked import chunked_sum
 from model_parts.decoding import token_rows
+from model_parts.dropout import Dropout
 from model_parts.fusion import (
     ModalityAttention,
     blend_weights_of,
@@ -100,7 +101,7 @@ class PMAT(PersonalTokenizer):
         self.examples = "positions" if own.causal else "prefixes"
         self.positions = Positions(window, own.width, from_end=not own.causal)
         self.norm = nn.LayerNorm(own.width, eps=1e-12)
-        self.dropout = nn.Dropout(own.dropout)
+        self.dropout = Dropout(own.dropout)
         self.blocks = nn.ModuleList(
             FrequencyBlock(
                 window, own.cutoff, own.filter, own.width, own.heads, own.dropout, own.causal
@@ -184,7 +185,7 @@ class PMAT(PersonalTokenizer):
     def context_network(self) -> nn.Module:
         """What makes contexts of summaries."""
         network = nn.Linear(self.strangers.shape[1], self.own.context), nn.GELU()
-        return nn.Sequential(*network, nn.Dropout(self.own.dropout))
+        return nn.Sequential(*network, Dropout(self.own.dropout))
 
     def context_of(self, summaries: Tensor, network: nn.Module | None) -> Tensor:
         """q_u of summaries [..., summary]: [..., c]; one zero where nothing depends on it."""

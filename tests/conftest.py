@@ -37,6 +37,7 @@ DATA = {
     "train.batch_size": 32,
     "train.epochs": 2,
     "train.lr": 0.01,
+    "train.amp": "off",  # not every CPU has half precision
 }
 # By the name of a setting in any model's section: a new model gets small by using these names.
 SIZES = {

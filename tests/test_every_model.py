@@ -172,6 +172,26 @@ def test_loss_parts_are_named_scalars(name, fitted, task):
     assert all(isinstance(part, str) and value.shape == () for part, value in parts.items())
 
 
+@every_model
+def test_half_precision_on_a_cpu_gives_nearly_the_same_loss(name, fitted, tiny, task):
+    learner(fitted(name))
+    config = tiny(name, dropout=False)
+    whole, half = prepared(config, task), prepared(config, task)
+    batch = some_batch(whole, config, task)
+    for model in (whole, half):
+        model.begin_epoch(0, torch_generator(7, "epoch", 0))
+        model.train()
+    torch.manual_seed(7)
+    wanted = sum(whole.loss(batch).values())
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sum(half.loss(batch).values())
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=0.02)
+    for parameter, value in half.named_parameters():
+        assert value.grad is None or value.grad.isfinite().all(), parameter
+
+
 # --------------------------------------------------------------------------- scores
 
 

@@ -21,7 +21,7 @@ from experiments.runs import METRICS, RANKS, Task, run
 from experiments.training import BEST, LATEST, Stopped, Trainer
 from main import main
 from model_parts.base import Batch, Recommender
-from util import UserError, load_checkpoint, save_checkpoint, write_json
+from util import UserError, autocast_type, environment, load_checkpoint, save_checkpoint, write_json
 
 CPU = torch.device("cpu")
 TIMINGS = {"efficiency", "environment"}
@@ -129,6 +129,17 @@ def test_patience_zero_never_stops_and_evaluation_may_be_rarer(tiny, tmp_path):
     trainer.fit()
     rows = [json.loads(line) for line in (tmp_path / "epochs.jsonl").read_text().splitlines()]
     assert [("valid" in row) for row in rows] == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize(("has_bf16", "amp", "used"), [
+    (True, "auto", torch.bfloat16), (True, "fp16", torch.bfloat16), (True, "off", None),
+    (False, "auto", None), (False, "bf16", None),
+])  # fmt: skip
+def test_a_cpu_has_half_precision_where_it_multiplies_it(has_bf16, amp, used, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    cpu = torch.device("cpu")
+    assert autocast_type(amp, cpu) == used
+    assert environment(cpu, amp)["training"] == ("bfloat16" if used else "float32")
 
 
 def test_nothing_to_learn_from_is_said(tiny, tmp_path):
