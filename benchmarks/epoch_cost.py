@@ -1,6 +1,11 @@
 """What an epoch of each model costs, as a ratio to the first one named, from a few steps of each.
 
     python benchmarks/epoch_cost.py --dataset ../shared/data/beauty --model sasrec,bsarec,pmat,rpg
+    python benchmarks/epoch_cost.py --dataset ../shared/data/beauty --model tiger --plain
+
+With `--plain` every model is timed three times: with PyTorch's own dropout in float32, which the
+ratio then refers to, with this project's (`model_parts/dropout.py`), which differs on a CPU only,
+and with that and mixed precision, which a CPU without bf16 does not have.
 
 Every model has its preset (`--set` changes all of them): batch size and examples differ, so an
 epoch is what the model needs to see all train data once. Stage one is printed beside, not counted.
@@ -8,14 +13,17 @@ epoch is what the model needs to see all train data once. Stage one is printed b
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +32,7 @@ from config import Config, build_config
 from data_utils import bucketed_order
 from experiments.runs import Task, load_task, model_class, stage_one
 from experiments.training import Trainer
+from model_parts import dropout
 from model_parts.base import Recommender
 from util import UserError, pick_device, seed_everything
 
@@ -85,6 +94,20 @@ def cost(config: Config, task: Task, steps: int) -> Cost:
     return Cost(prepare, seconds, trainer.steps_per_epoch)
 
 
+def ways(config: Config, task: Task, steps: int) -> dict[str, Cost]:
+    """The cost of a model as PyTorch has it, and with each of what makes it faster."""
+    whole, mixed = copy.deepcopy(config), copy.deepcopy(config)
+    whole.train.amp, mixed.train.amp = "off", "auto"
+    name = config.run.model
+    with patch.object(dropout, "drop", F.dropout):
+        plain = cost(whole, task, steps)
+    return {
+        f"{name}, plain": plain,
+        "+ dropout": cost(whole, task, steps),
+        "+ mixed": cost(mixed, task, steps),
+    }
+
+
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Time and print."""
@@ -95,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="models, with commas (default %(default)s)",
     )  # fmt: skip
     parser.add_number("--steps", 10, "timed steps of each model")
+    parser.add_argument("--plain", action="store_true", help="also without what makes it faster")
     parser.add_settings()
     asked = parser.parse_args(arguments)
     given = {"run.mode": "baseline", "data.dataset": asked.dataset} | read_settings(asked.set)
@@ -102,16 +126,21 @@ def main(arguments: list[str] | None = None) -> None:
     for name in models:
         model_class(name)  # refuses a misspelt one before the others are timed
     task = load_task(build_config(given))
-    print(f"{'':14s}{'stage one':>10s}{'steps':>8s}{'ms/step':>9s}{'epoch':>9s}{'ratio':>8s}")
+    print(f"{'':18s}{'stage one':>10s}{'steps':>8s}{'ms/step':>9s}{'epoch':>9s}{'ratio':>8s}")
     first = None
     for name in models:
-        found = cost(build_config(given, model=name), task, asked.steps)
-        first = first or found.epoch
-        print(
-            f"{name:14s}{found.prepare:9.1f}s{found.steps:8d}{1000 * found.step:9.1f}"
-            f"{found.epoch:8.1f}s{found.epoch / first:8.2f}",
-            flush=True,
-        )
+        config = build_config(given, model=name)
+        if asked.plain:
+            found, first = ways(config, task, asked.steps), None
+        else:
+            found = {name: cost(config, task, asked.steps)}
+        for way, spent in found.items():
+            first = first or spent.epoch
+            print(
+                f"{way:18s}{spent.prepare:9.1f}s{spent.steps:8d}{1000 * spent.step:9.1f}"
+                f"{spent.epoch:8.1f}s{spent.epoch / first:8.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,13 @@ def test_the_first_model_is_the_measure(capsys, small_flags):
     assert float(rows["pmat"][-1]) > 0
 
 
+def test_what_makes_it_faster_is_timed_against_going_without(capsys, small_flags):
+    main(["--model", "tiger", "--plain", "--steps", "2", *small_flags])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line[:18].strip() for line in lines] == ["tiger, plain", "+ dropout", "+ mixed"]
+    assert lines[0].split()[-1] == "1.00"
+
+
 def test_a_model_with_nothing_to_learn_is_refused(capsys, small_flags):
     assert main(["--model", "popularity", *small_flags]) == 2
     assert "popularity" in capsys.readouterr().err
