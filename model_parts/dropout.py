@@ -1,8 +1,8 @@
 """Dropout and attention with dropout, cheap on a CPU, too.
 
 PyTorch draws every kept or dropped component on a CPU with a number of its own, one after another,
-which took a quarter of a training step on two cores, and attention with dropout has no fused form
-there. Here one draw of 64 bits decides on four components. On a GPU both are PyTorch's own.
+which took a quarter of a training step of TIGER on two cores. Here one draw of 64 bits decides on
+four components. On a GPU both are PyTorch's own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def drop(x: Tensor, rate: float) -> Tensor:
     """x with a share `rate` of its components set to zero, the others larger to make up for it."""
     if rate == 0:
         return x
-    if x.is_cuda:
+    if x.device.type != "cpu":
         return F.dropout(x, rate)
     return x * _kept(x, rate)
 
@@ -61,7 +61,7 @@ def attend(
     """`F.scaled_dot_product_attention`: queries [..., t, h], keys and values [..., S, h] ->
     [..., t, h]. `mask` is bool, True where one may look, or is added to the scores; `rate` is the
     dropout of attention weights; `scale` defaults to 1 / sqrt(h). Every query must see a key."""
-    if rate == 0 or queries.is_cuda:
+    if rate == 0 or queries.device.type != "cpu":
         return F.scaled_dot_product_attention(
             queries, keys, values, mask, rate, is_causal=causal, scale=scale
         )
