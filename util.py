@@ -44,8 +44,8 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def autocast_type(amp: str, device: torch.device) -> torch.dtype | None:
-    """Mixed-precision type, None for full precision. On CPUs that do not multiply bf16 by
-    themselves it would only be slower, and fp16 would be on all."""
+    """Mixed-precision type, None for full precision. A CPU has bf16 whatever is asked for,
+    and none if it does not multiply it by itself: that would only be slower."""
     if amp == "off":
         return None
     if device.type == "cpu":

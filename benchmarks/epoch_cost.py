@@ -13,10 +13,10 @@ epoch is what the model needs to see all train data once. Stage one is printed b
 
 from __future__ import annotations
 
-import copy
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -24,6 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -65,9 +66,17 @@ def prepared(config: Config, task: Task, device: torch.device) -> tuple[Recommen
     return model, time.perf_counter() - start
 
 
-def cost(config: Config, task: Task, steps: int) -> Cost:
-    """Prepare a model and time `steps` updates after one that is not counted.
+class Way(NamedTuple):
+    """How steps are computed: the dropout, and the type of mixed precision."""
 
+    drop: Callable[[Tensor, float], Tensor]
+    autocast: torch.dtype | None
+
+
+def cost(config: Config, task: Task, steps: int, plain: bool = False) -> dict[str, Cost]:
+    """Prepare a model and time `steps` updates after one that is not counted, by label.
+
+    With `plain` the three ways take every batch in turn, so that all meet the same machine.
     Raises UserError for a model that does not learn, or has all its data in one batch.
     """
     device = pick_device(config.run.device)
@@ -81,31 +90,27 @@ def cost(config: Config, task: Task, steps: int) -> Cost:
                 f"{model.name}: train.batch_size={config.train.batch_size} takes all data in one "
                 "step, and the first is not timed; --set train.batch_size to less."
             )
+        ways = {model.name: Way(dropout.drop, trainer.autocast)}
+        if plain:
+            ways = {
+                f"{model.name}, plain": Way(F.dropout, None),
+                "+ dropout": Way(dropout.drop, None),
+                "+ mixed": Way(dropout.drop, trainer.autocast),
+            }
         lengths = trainer.examples.lengths * (1 if model.bucketed else 0)
         order = bucketed_order(lengths, config.train.batch_size, np.random.default_rng(0))
         model.begin_epoch(0, torch.Generator().manual_seed(0))
         model.train()
-        batches = list(trainer._batches(order[: steps + 1]))
-        trainer._step(*batches[0])
-        start = time.perf_counter()  # a step ends with a read from the device
-        for batch in batches[1:]:
-            trainer._step(*batch)
-        seconds = (time.perf_counter() - start) / (len(batches) - 1)
-    return Cost(prepare, seconds, trainer.steps_per_epoch)
-
-
-def ways(config: Config, task: Task, steps: int) -> dict[str, Cost]:
-    """The cost of a model as PyTorch has it, and with each of what makes it faster."""
-    whole, mixed = copy.deepcopy(config), copy.deepcopy(config)
-    whole.train.amp, mixed.train.amp = "off", "auto"
-    name = config.run.model
-    with patch.object(dropout, "drop", F.dropout):
-        plain = cost(whole, task, steps)
-    return {
-        f"{name}, plain": plain,
-        "+ dropout": cost(whole, task, steps),
-        "+ mixed": cost(mixed, task, steps),
-    }
+        seconds: dict[str, list[float]] = {label: [] for label in ways}
+        for batch in trainer._batches(order[: steps + 1]):
+            for label, way in ways.items():
+                trainer.autocast = way.autocast
+                with patch.object(dropout, "drop", way.drop):
+                    start = time.perf_counter()  # a step ends with a read from the device
+                    trainer._step(*batch)
+                seconds[label].append(time.perf_counter() - start)
+    steps_of_epoch = trainer.steps_per_epoch
+    return {k: Cost(prepare, float(np.mean(v[1:])), steps_of_epoch) for k, v in seconds.items()}
 
 
 @command
@@ -129,11 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'':18s}{'stage one':>10s}{'steps':>8s}{'ms/step':>9s}{'epoch':>9s}{'ratio':>8s}")
     first = None
     for name in models:
-        config = build_config(given, model=name)
-        if asked.plain:
-            found, first = ways(config, task, asked.steps), None
-        else:
-            found = {name: cost(config, task, asked.steps)}
+        found = cost(build_config(given, model=name), task, asked.steps, asked.plain)
+        first = None if asked.plain else first
         for way, spent in found.items():
             first = first or spent.epoch
             print(

@@ -1,7 +1,7 @@
 """Dropout and attention with dropout, cheap on a CPU, too.
 
 PyTorch draws every kept or dropped component on a CPU with a number of its own, one after another,
-which took a quarter of a training step of TIGER on two cores. Here one draw of 64 bits decides on
+which took a fifth of a training step of TIGER. Here one draw of 64 bits decides on
 four components. On a GPU both are PyTorch's own.
 """
 
