@@ -1,9 +1,11 @@
 """Every default in one place: edit a number here, or overlay it from YAML or the command line.
 
-Order, later wins: the dataclass defaults below, what the mode asks for (MODE_DEFAULTS), the data
-set's and the model's presets (DATASET_PRESETS, MODEL_PRESETS), `--config file.yaml`,
-`--set key=value`, the command-line flags. In `quick` and `theory` mode the mode's epochs (and batch
-size) beat the presets, so that a short run stays one.
+Order, later wins: the dataclass defaults below, what the mode asks for (MODE_DEFAULTS, and
+MODE_DATA_PRESETS for mock data), the data set's and the model's presets (DATASET_PRESETS,
+MODEL_PRESETS), `--config file.yaml`, `--set key=value`, the command-line flags. So edit a value
+that a preset names in the preset: the dataclass has that of other data sets, or of the paper. In
+`quick` and `theory` mode the mode's epochs (and batch size) beat the presets, so that a short run
+stays one.
 """
 
 from __future__ import annotations
@@ -103,11 +105,17 @@ class Train:
         0, 0, 10_000_000, "steps of linear warm-up, at most a quarter of all"
     )
     clip: float = number(1.0, 0.0, 1e6, "largest gradient norm (0 = no clipping)")
-    patience: int = number(10, 0, 100_000, "evaluations without a better valid NDCG@10 (0 = never)")
+    patience: int = number(
+        10, 0, 100_000, "stop after so many evaluations without a better valid NDCG@10 (0: never)"
+    )
     eval_every: int = number(1, 1, 100_000, "epochs between evaluations on valid")
     eval_batch_size: int = number(256, 1, 1_000_000, "users scored at once")
     mask_seen: bool = setting(True, "leave items of the history out of the ranking")
-    amp: str = choice("auto", ("auto", "bf16", "fp16", "off"), "mixed precision, in training only")
+    amp: str = choice(
+        "auto",
+        ("auto", "bf16", "fp16", "off"),
+        "mixed precision in training; on a CPU bf16 or none",
+    )
     compile: bool = setting(False, "torch.compile the model")
     num_workers: int = number(0, 0, 64, "0 builds batches in the loop, more prefetches in a thread")
     checkpoint_minutes: float = number(10.0, 0.0, 1e6, "minutes between checkpoints in an epoch")
@@ -128,7 +136,9 @@ class Full:
     """Mode full: what it measures beyond the other modes."""
 
     sizes: str = setting("500,2000,8000", "catalogue sizes of the latency curve, with commas")
-    size_seconds: float = number(20.0, 0.0, 1e6, "no larger catalogue after one that took longer")
+    size_seconds: float = number(
+        20.0, 0.0, 1e6, "stop after a catalogue size that took longer to prepare"
+    )
     case_users: int = number(3, 1, 100, "users of the case study")
 
 
@@ -203,7 +213,9 @@ class Seq2Seq:
     codes: int = number(256, 2, 65536, "codes per digit")
     history: int = number(20, 1, 10_000, "newest items of a history that are read")
     beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
-    among: str = choice("all", AMONG, "codes a digit is predicted among; existing: that go on")
+    among: str = choice(
+        "all", AMONG, "codes a digit is predicted among: all, or those that some ID goes on with"
+    )
 
 
 @dataclass
@@ -217,7 +229,9 @@ class DecoderOnly:
     dropout: float = number(0.1, 0.0, 0.95, "everywhere")
     codes: int = number(256, 2, 65536, "codes per digit")
     beams: int = number(50, 1, 100_000, "IDs that beam search keeps")
-    among: str = choice("all", AMONG, "codes a digit is predicted among; existing: that go on")
+    among: str = choice(
+        "all", AMONG, "codes a digit is predicted among: all, or those that some ID goes on with"
+    )
 
 
 @dataclass
@@ -235,7 +249,7 @@ class TIGER(AutoencoderIDs):
     """baseline_models/tiger.py; the paper has 2,000 user tokens and RQ-VAE IDs."""
 
     digits: int = number(3, 1, 1024, "levels; one more digit tells equal items apart")
-    user_tokens: int = number(1, 1, 1_000_000, "tokens that users share; 1 does without users")
+    user_tokens: int = number(1, 1, 1_000_000, "tokens that users are hashed to; 1: no user token")
     tokenizer: str = choice(
         "kmeans", ("kmeans", "rqvae", "random"), "residual k-means, RQ-VAE, or the control"
     )
@@ -285,8 +299,8 @@ class FusID(DecoderOnly):
     partners: int = number(10, 1, 10_000, "most frequent partners of an item that are positives")
     pairs: int = number(1024, 4, 1_000_000, "pairs per step of the fusion network")
     tokenizer_steps: int = number(10_000, 0, 10_000_000, "steps of the fusion network")
-    fusion_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
-    fusion_decay: float = number(1e-4, 0.0, 10.0, "its weight decay")
+    fusion_lr: float = number(1e-3, 0.0, 10.0, "learning rate of the fusion network, cosine to 0")
+    fusion_decay: float = number(1e-4, 0.0, 10.0, "weight decay of the fusion network")
 
 
 @dataclass
@@ -304,7 +318,7 @@ class MMQ(Seq2Seq):
     ortho: float = number(0.005, 0.0, 1e3, "weight of the orthogonality of experts")
     tokenizer_steps: int = number(6000, 0, 10_000_000, "steps of stage one")
     stage_one_batch: int = number(1024, 1, 1_000_000, "items per step of stage one")
-    stage_one_lr: float = number(1e-3, 0.0, 10.0, "its learning rate, cosine to 0")
+    stage_one_lr: float = number(1e-3, 0.0, 10.0, "learning rate of stage one, cosine to 0")
     tune_epochs: int = number(50, 0, 100_000, "epochs of stage two, before IDs are frozen; 0: none")
     tune: float = number(0.5, 0.0, 1e3, "weight of both reconstructions in stage two")
     tune_rate: float = number(0.01, 0.0, 10.0, "share of the learning rate that the tokenizer gets")
@@ -317,21 +331,25 @@ class Pctx(Seq2Seq):
 
     digits: int = number(4, 2, 64, "digits of an ID, the last one tells equal ones apart")
     context: int = number(256, 4, 8192, "width of the context encoder")
-    context_layers: int = number(2, 1, 64, "its blocks")
-    context_heads: int = number(2, 1, 64, "its attention heads")
-    context_dropout: float = number(0.3, 0.0, 0.95, "its dropout")
-    tokenizer_steps: int = number(50_000, 0, 10_000_000, "its training steps in stage one")
+    context_layers: int = number(2, 1, 64, "blocks of the context encoder")
+    context_heads: int = number(2, 1, 64, "attention heads of the context encoder")
+    context_dropout: float = number(0.3, 0.0, 0.95, "dropout of the context encoder")
+    tokenizer_steps: int = number(50_000, 0, 10_000_000, "training steps of the context encoder")
     context_batch: int = number(256, 2, 1_000_000, "prefixes per step")
-    context_lr: float = number(3e-3, 0.0, 10.0, "its learning rate, cosine to 0")
-    contrast: float = number(0.2, 0.0, 1e3, "weight of each of its two contrastive terms")
-    temperature: float = number(0.07, 1e-3, 10.0, "tau of these")
+    context_lr: float = number(3e-3, 0.0, 10.0, "learning rate of stage one, cosine to 0")
+    contrast: float = number(0.2, 0.0, 1e3, "weight of each contrastive term of stage one")
+    temperature: float = number(0.07, 1e-3, 10.0, "tau of the contrastive terms")
     groups: int = number(10, 1, 1000, "T, groups of items by frequency")
-    start: int = number(2, 1, 10_000, "contexts of an item in the group of rare items")
-    step: int = number(3, 0, 10_000, "delta, more contexts in each further group")
+    start: int = number(2, 1, 10_000, "contexts of an item of the rarest group")
+    step: int = number(3, 0, 10_000, "delta, contexts more in each more frequent group")
     kappa: float = number(4.5, 0.01, 1e3, "shape of the Gamma density of group sizes")
     blend: float = number(0.5, 0.0, 1.0, "weight of the context against the features")
-    rare: float = number(0.2, 0.0, 1.0, "IDs with a smaller share of an item are merged; 0: none")
-    replace: float = number(0.7, 0.0, 1.0, "gamma, chance of a random ID of the item instead")
+    rare: float = number(
+        0.2, 0.0, 1.0, "IDs that stand for less than this share of an item are merged; 0: none"
+    )
+    replace: float = number(
+        0.7, 0.0, 1.0, "gamma, chance that a random ID of the item replaces that of its context"
+    )
     passes: int = number(5, 1, 100, "readings of a history that vote at test")
 
 
@@ -442,7 +460,9 @@ class PMAT:
         ("user_item", "user", "item", "none", "random", "permuted"),
         "what modality weights depend on; the last two are controls",
     )
-    law: str = setting("", "random weights: probability of each blend, with commas (even if empty)")
+    law: str = setting(
+        "", "random weights: probability of each blend, commas between; empty: all alike"
+    )
     fusion: str = choice(
         "early", ("early", "late"), "weigh modalities before the codes, or fixed codes after"
     )
@@ -462,7 +482,10 @@ class PMAT:
         8.0, 0.0, 100.0, "alpha starts as softmax(sharpness x coherence of the history)"
     )
     prior_pairs: float = number(
-        10.0, 0.0, 1e6, "pairs of items without agreement that every history starts with"
+        10.0,
+        0.0,
+        1e6,
+        "pairs of cosine 0 that count towards coherence, so that it is small for few items",
     )
     beta: float = number(
         0.0, 0.0, 100.0, "weight of a dense item vector beside the codes (0: none)"
@@ -487,7 +510,9 @@ class MCRL:
     intra: float = number(0.1, 0.0, 1e3, "weight of level 2, feature neighbours in a modality")
     inter: float = number(0.1, 0.0, 1e3, "weight of level 3, shared parts of two modalities")
     commit: float = number(0.1, 0.0, 1e3, "weight of the distance between items and their codes")
-    similar: float = number(0.1, 0.0, 1.0, "share of level 1 that is the most similar user's item")
+    similar: float = number(
+        0.1, 0.0, 1.0, "share of level 1 whose positive is the next item of the most similar user"
+    )
     temperature: float = number(0.1, 1e-3, 10.0, "tau; level 1 of pmat_mcrl has none: plain scores")
     neighbours: int = number(10, 1, 1000, "nearest items that level 2 draws a partner from")
     lambda_pmat: float = number(1.0, 0.0, 1e3, "weight of PMAT's losses in pmat_mcrl")
@@ -573,7 +598,8 @@ DATASET_PRESETS: dict[str, dict[str, Any]] = {
     "ml-1m": {"data.k_core": 5},
 }
 
-# On real data: text, pictures, ... and what was taken together, blends of at most two of them.
+# On real data: the modalities there are and behaviour (items taken together); with a grid of 2
+# a blend has at most two of them.
 REAL_PMAT = {
     "train.lr": 1e-3,
     "train.batch_size": 256,
@@ -611,7 +637,7 @@ MOCK_PMAT = {
 
 
 def _id_writer(
-    name: str, own: dict[str, Any] | None = None, **mock: Any
+    name: str, own: dict[str, Any] | None = None, mock: dict[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Presets of an encoder-decoder that writes IDs, in sizes for two CPU cores.
 
@@ -641,7 +667,7 @@ def _id_writer(
         "hidden": 128,
         "depth": 1,
         "tokenizer_steps": 300,
-    } | mock
+    } | (mock or {})
     return {
         "*": {
             "train.lr": 2e-3,
@@ -728,9 +754,9 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "mock": {"train.batch_size": 256, "train.epochs": 20, "pmat.codes": 32},
     },
     "pmat_mcrl": {"*": REAL_PMAT, "mock": MOCK_PMAT} | SMALL_PMAT,
-    "tiger": _id_writer("tiger", digits=2),
+    "tiger": _id_writer("tiger", mock={"digits": 2}),
     # .02 as in the paper hardly moves IDs made of features of our scale; see BASELINE_MODELS.md
-    "letter": _id_writer("letter", {"alpha": 1.0}, digits=3),
+    "letter": _id_writer("letter", {"alpha": 1.0}, mock={"digits": 3}),
     "cofirec": _id_writer("cofirec"),
     "fusid": {
         # sizes for two CPU cores; the dataclasses above have those of the papers

@@ -27,13 +27,29 @@ class _Parser(argparse.ArgumentParser):
 # flag -> (dotted key, type, help); {} stands for the default in config.py
 FLAGS: dict[str, tuple[str, type, str]] = {
     "mode": ("run.mode", str, f"{', '.join(MODES)} (default {{}})"),
-    "dataset": ("data.dataset", str, "mock, amazon, movielens, mmrec, or a folder (default {})"),
-    "model": ("run.model", str, "a model; several, with commas, where a mode compares them"),
-    "epochs": ("train.epochs", int, "passes over the train set (quick 2, else the model's preset)"),
+    "dataset": (
+        "data.dataset",
+        str,
+        "mock, amazon, movielens, mmrec (data/mmrec), or a folder (default {})",
+    ),
+    "model": (
+        "run.model",
+        str,
+        "one, or several with commas where a mode compares them (default {}; baseline: all)",
+    ),
+    "epochs": (
+        "train.epochs",
+        int,
+        "passes over the train set (quick 2, theory 3, else the model's preset)",
+    ),
     "batch_size": ("train.batch_size", int, "examples per step (quick 64, else the preset)"),
     "lr": ("train.lr", float, "learning rate ({} where the model's preset names none)"),
     "device": ("run.device", str, "auto, cpu or cuda (default {})"),
-    "seed": ("run.seed", int, "random seed (default {})"),
+    "seed": (
+        "run.seed",
+        int,
+        "first random seed of the models; the data have data.seed (default {})",
+    ),
     "seeds": ("run.seeds", int, "runs per model, with seeds seed, seed+1, ... (default {})"),
     "save_dir": ("run.save_dir", str, "folder of the results (default {})"),
     "log_dir": ("run.log_dir", str, "folder of experiment.log (default {})"),
@@ -48,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     """All flags; a flag that is not given leaves the presets alone."""
     parser = _Parser(
         description="PMAT-MCRL: personalised, dynamic, multimodal semantic IDs.",
+        epilog="Modes and models: README.md. Settings: config.py. For example: python main.py "
+        "--mode baseline --model sasrec,bsarec --dataset path/to/folder --set train.patience=3",
         allow_abbrev=False,
     )
     defaults = Config()
@@ -57,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--amp",
         action=argparse.BooleanOptionalAction,
-        help="mixed precision in training",
+        help="mixed precision in training (default on; evaluation never has it)",
     )
     parser.add_argument(
         "--mask_seen", "--mask-seen", action=argparse.BooleanOptionalAction,
@@ -65,7 +83,11 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="settings that overlay config.py")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="one setting"
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="one setting of config.py, such as rpg.digits=16; may be repeated",
     )
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="RUN",
