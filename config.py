@@ -154,6 +154,7 @@ class SASRec:
     heads: int = number(2, 1, 64, "attention heads")
     inner: int = number(256, 4, 65536, "feed-forward width")
     dropout: float = number(0.5, 0.0, 0.95, "everywhere")
+    temperature: float = number(0.0, 0.0, 10.0, "tau of scores that are cosines; 0: plain products")
 
 
 @dataclass
@@ -166,6 +167,7 @@ class BSARec:
     dropout: float = number(0.5, 0.0, 0.95, "everywhere")
     alpha: float = number(0.7, 0.0, 1.0, "weight of the filter against attention")
     cutoff: int = number(5, 1, 1000, "c of the paper: c // 2 + 1 low frequencies pass")
+    temperature: float = number(0.0, 0.0, 10.0, "tau of scores that are cosines; 0: plain products")
 
 
 @dataclass
@@ -500,6 +502,7 @@ class PMAT:
         True, "look back only and learn at every position; else a pass for every prefix (slower)"
     )
     negatives: int = number(1024, 1, 10_000_000, "items sampled for the softmax of a step")
+    temperature: float = number(0.0, 0.0, 10.0, "tau of scores that are cosines; 0: plain products")
 
 
 @dataclass
@@ -751,7 +754,12 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "pmat": {"*": REAL_PMAT, "mock": MOCK_PMAT} | SMALL_PMAT,
     "mcrl": {
         "*": {"train.lr": 1e-3, "train.batch_size": 512, "train.epochs": 30},
-        "mock": {"train.batch_size": 256, "train.epochs": 20, "pmat.codes": 32},
+        "mock": {
+            "train.batch_size": 256,
+            "train.epochs": 20,
+            "pmat.codes": 32,
+            "pmat.explained": 0.9,
+        },
     },
     "pmat_mcrl": {"*": REAL_PMAT, "mock": MOCK_PMAT} | SMALL_PMAT,
     "tiger": _id_writer("tiger", mock={"digits": 2}),

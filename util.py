@@ -50,7 +50,7 @@ def autocast_type(amp: str, device: torch.device) -> torch.dtype | None:
         return None
     if device.type == "cpu":
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
-    if amp == "fp16" or (amp == "auto" and not torch.cuda.is_bf16_supported()):
+    if amp == "fp16" or (amp == "auto" and not torch.cuda.is_bf16_supported(False)):
         return torch.float16
     return torch.bfloat16
 

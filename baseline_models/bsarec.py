@@ -33,6 +33,7 @@ class BSARec(SequentialRecommender):
         "train.lr": (3e-4, 1e-3, "log"),
         "bsarec.alpha": [0.1, 0.3, 0.5, 0.7, 0.9],
         "bsarec.cutoff": [1, 3, 5, 7, 9],
+        "bsarec.temperature": [0.0, 0.04, 0.06, 0.1],
     }
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
@@ -41,5 +42,6 @@ class BSARec(SequentialRecommender):
             FrequencyBlock(window, own.cutoff, own.alpha, own.width, own.heads, own.dropout)
             for _ in range(own.layers)
         )
-        super().__init__(config.n_items(catalogue), window, own.width, own.dropout, blocks)
+        n_items = config.n_items(catalogue)
+        super().__init__(n_items, window, own.width, own.dropout, own.temperature, blocks)
         init_weights(self)

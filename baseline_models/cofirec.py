@@ -73,7 +73,7 @@ class CoFiRec(Seq2SeqRecommender):
             levels = torch.cat([levels, self._collaborative(*behaviour, generator)[None]])
         if self.own.order == "fine":
             levels = levels.flip(0)
-        self.set_codes(with_collision_digit(levels.T, self.n_codes))
+        self.set_codes(with_collision_digit(levels.T, self.n_codes), data.counts)
 
     def _collaborative(self, vectors: Tensor, met: Tensor, generator: torch.Generator) -> Tensor:
         """The last level [N]; random where no two items were ever met together."""

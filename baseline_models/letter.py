@@ -80,7 +80,8 @@ class LETTER(Seq2SeqRecommender):
         codes = torch.randint(own.codes, self.codes.shape, generator=generator)
         codes[known] = model.encode(vectors)[known]  # an item without features keeps random ones
         rests, last = model.leftovers(vectors)[-1], model.codebooks[-1].detach()
-        self.set_codes(repair_last_digit(codes, lambda rows: torch.cdist(rests[rows], last)))
+        codes = repair_last_digit(codes, lambda rows: torch.cdist(rests[rows], last))
+        self.set_codes(codes, data.counts)
 
     def _extra_losses(
         self, model: RQVAE, behaviour: Tensor, known: Tensor, generator: torch.Generator

@@ -40,6 +40,7 @@ from model_parts.dropout import Dropout
 from model_parts.item_vectors import chosen_modalities, item_vectors, rows_in_train
 from model_parts.quantisers import ProductQuantiser, projected_codewords
 from model_parts.residual import colliding_share
+from model_parts.trie import NOT_FOUND
 
 _WALK_SEED = 2024
 _INIT_STD = 0.02
@@ -158,7 +159,8 @@ class RPG(Recommender):
     # ----------------------------------------------------------------- items
 
     def score(self, batch: Batch) -> Tensor:
-        """[B, N] mean log-probability of each item's digits; -inf where a graph walk was not."""
+        """[B, N] mean log-probability of the digits; `NOT_FOUND` where a graph walk did not come,
+        which is still above items that were seen."""
         last = at_last(self.encode(batch), batch.lengths)
         heads = digit_heads(last, self.heads.weight, self.heads.bias)  # [B, m, d]
         tokens = self.digit_tokens() / self.own.temperature
@@ -170,7 +172,7 @@ class RPG(Recommender):
         pool = graph_walk(
             table, self.codes, self.graph(), self.own.beams, self.own.steps, generator
         )
-        scores = table.new_full((len(table), len(self.codes)), float("-inf"))
+        scores = table.new_full((len(table), len(self.codes)), NOT_FOUND)
         return scores.scatter_reduce(1, pool.items, pool.scores, "amax")
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ class SASRec(SequentialRecommender):
         "train.lr": (3e-4, 3e-3, "log"),
         "sasrec.dropout": (0.2, 0.6),
         "sasrec.layers": [1, 2, 3],
+        "sasrec.temperature": [0.0, 0.04, 0.06, 0.1],
     }
 
     def __init__(self, config: Config, catalogue: Any = None) -> None:
@@ -38,5 +39,5 @@ class SASRec(SequentialRecommender):
             for _ in range(own.layers)
         )
         n_items, max_history = config.n_items(catalogue), config.data.max_history
-        super().__init__(n_items, max_history, own.width, own.dropout, blocks)
+        super().__init__(n_items, max_history, own.width, own.dropout, own.temperature, blocks)
         init_weights(self)

@@ -67,7 +67,7 @@ class TIGER(Seq2SeqRecommender):
             in_train = rows_in_train(data.train, data.n_items)
             vectors, known = item_vectors(modalities, in_train, 0, whiten=False)
             codes[known] = self._quantise(vectors, in_train & known, generator)[known]
-        self.set_codes(with_collision_digit(codes, self.n_codes))
+        self.set_codes(with_collision_digit(codes, self.n_codes), data.counts)
 
     def _quantise(self, vectors: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
         """Vectors [N, d] -> codes [N, digits]."""

@@ -14,7 +14,17 @@ import pandas as pd
 from data_readers import cache
 from data_readers.features import find_features, load_modality
 from data_readers.interactions import DEFAULTS, Interactions, Options, arrange
-from data_readers.parsing import ID, REAL, TEXT, WHOLE, Table, dataset_name, header, read_table
+from data_readers.parsing import (
+    ID,
+    REAL,
+    TEXT,
+    WHOLE,
+    Table,
+    check_ids,
+    dataset_name,
+    header,
+    read_table,
+)
 from data_readers.tables import Catalogue, Dataset
 from util import UserError
 
@@ -95,7 +105,7 @@ def read_items(path: Path) -> ItemRows:
     columns = {"item_id": TEXT, "title": TEXT, "categories": TEXT, "genres": TEXT}
     table = read_table(path, columns, optional=("title", "categories", "genres"))
     ids = table.frame["item_id"]
-    table.check("item_id", (ids.str.strip() != "").to_numpy(), "is empty; fill it in")
+    check_ids(table, "item_id", ids, np.arange(len(ids)))
     twice = ids.duplicated().to_numpy()
     if twice.any():
         row = int(np.argmax(twice))

@@ -98,9 +98,8 @@ def read_table(
     table = Table(path, form, frame[[name for name in columns if name in names]])
     for name in table.frame:
         if columns[name] == ID:
-            empty = table.frame[name].cat.categories.str.strip() == ""
-            codes = table.frame[name].cat.codes.to_numpy()
-            table.check(name, ~np.isin(codes, np.flatnonzero(empty)), "is empty; fill it in")
+            ids, codes = table.frame[name].cat.categories, table.frame[name].cat.codes.to_numpy()
+            check_ids(table, name, ids, codes)
         elif columns[name] in (WHOLE, REAL):
             values = table.frame[name].to_numpy()
             table.check(name, np.isfinite(values), "{} is not finite; write a plain number")
@@ -108,6 +107,19 @@ def read_table(
                 small = np.abs(values) < _INT64_LIMIT
                 table.check(name, small, "{} does not fit 64 bits; write a smaller number")
     return table
+
+
+def check_ids(table: Table, column: str, ids: pd.Index | pd.Series, codes: np.ndarray) -> None:
+    """Raise UserError for an id that is empty, or that looks like another one: rows have `codes`
+    [rows] of `ids`."""
+    bare = ids.str.strip()
+    problems = (
+        (bare == "", "is empty; fill it in"),
+        (bare != ids, "{} begins or ends with a space, so it is another id; remove the space"),
+        (ids.str.contains("\0", regex=False), "{} has a NUL byte; remove it"),
+    )
+    for bad, problem in problems:
+        table.check(column, ~np.isin(codes, np.flatnonzero(bad)), problem)
 
 
 def dataset_name(folder: Path, default: str) -> str:

@@ -162,13 +162,26 @@ class Positions(nn.Module):
         self.from_end = from_end
 
     def forward(self, lengths: Tensor, n_positions: int) -> Tensor:
-        """lengths [B] -> [B, T, d] (or [1, T, d] where the length does not matter)."""
+        """lengths [B] -> [B, T, d] (or [1, T, d] where the length does not matter).
+
+        Raises ValueError for a history longer than the window.
+        """
+        check_window(n_positions, self.table.num_embeddings, "items")
         index = torch.arange(n_positions, device=lengths.device)[None]
         if self.from_end:
             index = (index + self.table.num_embeddings - lengths[:, None]).clamp(
                 0, self.table.num_embeddings - 1
             )
         return self.table(index)
+
+
+def check_window(given: int, window: int, what: str) -> None:
+    """Raises ValueError for more positions than a model was built for."""
+    if given > window:
+        raise ValueError(
+            f"a history of {given} {what} for a model that reads {window} (data.max_history): give "
+            "it the newest ones only"
+        )
 
 
 def init_weights(module: nn.Module, std: float = 0.02, mean: float = 0.0) -> None:

@@ -36,7 +36,7 @@ def drop(x: Tensor, rate: float) -> Tensor:
     """x with a share `rate` of its components set to zero, the others larger to make up for it."""
     if rate == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # which cannot trace `_kept`
         return F.dropout(x, rate)
     return x * _kept(x, rate)
 

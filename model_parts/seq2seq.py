@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_parts.backbone import PreNormBlock
+from model_parts.backbone import PreNormBlock, check_window
 from model_parts.dropout import Dropout, attend
 
 KeysValues = tuple[Tensor, Tensor]
@@ -225,6 +225,7 @@ class DecoderOnly(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, d] -> the state after every token [B, S, d]; what training needs."""
+        check_window(x.shape[1], len(self.positions.weight), "tokens")
         x = self.dropout(x + self.positions.weight[: x.shape[1]])
         for block in self.blocks:
             x = block(x)
@@ -232,6 +233,7 @@ class DecoderOnly(nn.Module):
 
     def encode(self, x: Tensor, present: Tensor) -> tuple[Memory, Tensor]:
         """x [B, S, d], present [B, S] bool, padding last -> memory, first input of `decode`."""
+        check_window(x.shape[1], len(self.positions.weight), "tokens")
         earlier = present.sum(1) - 1
         start = x[torch.arange(len(x), device=x.device), earlier][:, None, None]
         visible = torch.arange(x.shape[1], device=x.device) < earlier[:, None]

@@ -7,16 +7,24 @@ from torch import Tensor, nn
 from model_parts.backbone import Positions, at_last
 from model_parts.base import Batch, Recommender
 from model_parts.dropout import Dropout
-from model_parts.softmax import item_cross_entropy
+from model_parts.softmax import item_cross_entropy, keys, queries
 
 
 class SequentialRecommender(Recommender):
-    """Item embeddings in, blocks in between, dot products with the same embeddings out."""
+    """Item embeddings in, blocks in between, products with the same embeddings out: plain ones, or
+    with a `temperature` cosines over it."""
 
     def __init__(
-        self, n_items: int, max_history: int, width: int, dropout: float, blocks: nn.ModuleList
+        self,
+        n_items: int,
+        max_history: int,
+        width: int,
+        dropout: float,
+        temperature: float,
+        blocks: nn.ModuleList,
     ) -> None:
         super().__init__()
+        self.temperature = temperature
         self.items = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.positions = Positions(max_history, width, from_end=True)
         self.norm = nn.LayerNorm(width, eps=1e-12)
@@ -35,11 +43,14 @@ class SequentialRecommender(Recommender):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over all items, mean over the positions that have a target."""
         wanted = batch.targets > 0
-        states = self.encode(batch)[wanted]  # [P, d]
+        states = queries(self.encode(batch)[wanted], self.temperature)  # [P, d]
         targets = batch.targets[wanted] - 1
-        return {"item": item_cross_entropy(states, self.items.weight[1:], targets)}
+        return {"item": item_cross_entropy(states, self._keys(), targets)}
 
     def score(self, batch: Batch) -> Tensor:
-        """[B, N] dot products of the last state with all item embeddings."""
+        """[B, N] products of the last state with all item embeddings."""
         last = at_last(self.encode(batch), batch.lengths)  # [B, d]
-        return last @ self.items.weight[1:].T
+        return queries(last, self.temperature) @ self._keys().T
+
+    def _keys(self) -> Tensor:
+        return keys(self.items.weight[1:], self.temperature)

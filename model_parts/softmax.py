@@ -34,6 +34,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return state_grad * upstream, item_grad * upstream, None
 
 
+def queries(states: Tensor, temperature: float) -> Tensor:
+    """What items are multiplied with, [..., d]: unit vectors over tau; with tau 0 as they are."""
+    return F.normalize(states, dim=-1) / temperature if temperature else states
+
+
+def keys(items: Tensor, temperature: float) -> Tensor:
+    """What `queries` are multiplied with, [..., d]: unit vectors; with tau 0 as they are."""
+    return F.normalize(items, dim=-1) if temperature else items
+
+
 def item_cross_entropy(states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     """Mean over P positions of -log softmax(states items^T)[target].
 

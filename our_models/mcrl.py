@@ -33,7 +33,13 @@ from model_parts.contrastive import (
     info_nce,
     one_prefix_each,
 )
-from model_parts.fusion import coherence, even_weights, nearest_grid_point, simplex_grid
+from model_parts.fusion import (
+    coherence,
+    even_weights,
+    nearest_grid_point,
+    or_all,
+    simplex_grid,
+)
 from model_parts.quantisers import BlendQuantiser
 from model_parts.stage_one import seeded
 from our_models.pmat import PMAT, View
@@ -175,16 +181,20 @@ class MCRL(Recommender):
         latents = batch.items.new_zeros(*batch.items.shape, 1, 1).float()
         latents = latents.expand(-1, -1, *self.inputs.shape[1:]).clone()  # [B, T, M, z]
         latents[seen] = self.encoded(batch.items[seen] - 1)
-        known = (latents.detach().square().sum(3) > 0).sum(1)  # [B, M]
-        sums = latents.sum(1)
-        agreement = coherence(sums, known, self.sizes.prior_pairs).detach()
+        rows = (batch.items - 1).clamp(min=0)
+        # of the features: encoders bring a user's items together, and then every user would look
+        # coherent in the modality that lets itself be bent most
+        has = self.present[rows] & seen[:, :, None]
+        known = has.sum(1)  # [B, M]
+        sums = (self.inputs[rows] * has[..., None]).sum(1)
+        agreement = coherence(sums, known, self.sizes.prior_pairs)
         alpha = torch.softmax(self.sharpness * agreement, dim=1)
         age = (batch.lengths[:, None] - 1 - torch.arange(seen.shape[1], device=seen.device)).clamp(
             0
         )
         recency = (0.7**age * seen)[:, :, None, None]
         recent = (latents * recency).sum(1) / recency.sum(1).clamp(min=1e-6)
-        mean = sums / known.clamp(min=1)[..., None]
+        mean = latents.sum(1) / known.clamp(min=1)[..., None]
         query = recent + self.query(torch.cat([mean, recent], dim=1).flatten(1)).view_as(recent)
         return query, alpha
 
@@ -270,10 +280,20 @@ class MCRL(Recommender):
     def score(self, batch: Batch) -> Tensor:
         """[B, N]: queries with the codewords of each item's ID, as the user sees it."""
         query, alpha = self.users(batch)  # alpha counts once: in the codes here, in q in the loss
-        words = (self.quantiser.decode(codes) for codes in self.atlas())
-        every = torch.stack([self._cosines(query, part) for part in words])
-        points = nearest_grid_point(alpha.T, self.grid)  # [B]
-        return every[points, torch.arange(len(points), device=points.device)]
+        points, atlas = self._points(alpha), self.atlas()
+        scores = query.new_zeros(points.shape)
+        for point in points.unique().tolist():  # one [B, N] of scores at a time
+            found = self._cosines(query, self.quantiser.decode(atlas[point]))
+            scores = torch.where(points == point, found, scores)
+        return scores
+
+    def _points(self, alpha: Tensor) -> Tensor:
+        """Blend under which users of weights [B, M] see each item, [B, N]: modalities that an item
+        lacks get nothing."""
+        patterns, which = or_all(self.present).unique(dim=0, return_inverse=True)  # [Q, M], [N]
+        weights = alpha[:, None] * patterns  # [B, Q, M]
+        weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-12)
+        return nearest_grid_point(weights.permute(2, 0, 1), self.grid)[:, which]
 
     @torch.no_grad()
     def modality_weights_of(self, batch: Batch) -> Tensor:
@@ -286,7 +306,8 @@ class MCRL(Recommender):
         if batch is None:
             everything = torch.arange(len(self.counts), device=self.counts.device)
             return self.quantiser.atlas(self.encoded(everything), even_weights(self.grid))[0]
-        return self.atlas()[nearest_grid_point(self.users(batch)[1].T, self.grid)]
+        points, atlas = self._points(self.users(batch)[1]), self.atlas()
+        return atlas[points, torch.arange(points.shape[1], device=points.device)]
 
 
 class PMATWithMCRL(PMAT):

@@ -6,7 +6,8 @@ nonlinear happens before the blend, so no item is encoded again for a user.
 
 An item's vector is the sum of its code vectors. With one head for all digits, ranking by
 sum_l log p_l equals ranking by <h_u, sum_l E_l[C_u[i, l]]> (DESIGN 5.5), plus beta <h_u, e_i> for
-the model with a dense residual; beta = 0 is the pure-ID model. An item of the history enters with
+the model with a dense residual; beta = 0 is the pure-ID model. With `temperature` the score is the
+cosine of the two over it. An item of the history enters with
 the codes its user had for it once it had come: its own context is among the inputs only.
 
 Loss: softmax over items, every candidate coded under the same user (DESIGN 5.6), so that making
@@ -39,6 +40,7 @@ from model_parts.fusion import (
     random_grid_points,
 )
 from model_parts.quantisers import projected_codewords
+from model_parts.softmax import keys, queries
 from our_models.tokenizer import PersonalTokenizer
 
 # Contexts of other users that the control with permuted users looks through.
@@ -83,6 +85,7 @@ class PMAT(PersonalTokenizer):
         "pmat.personal_digits": [8, 16, 32],
         "pmat.beta": [0.0, 0.25, 0.5, 1.0],
         "pmat.sharpness": (1.0, 16.0, "log"),
+        "pmat.temperature": [0.0, 0.04, 0.06, 0.1],
     }
 
     strangers: Tensor  # [1024, summary], histories of random users
@@ -301,6 +304,7 @@ class PMAT(PersonalTokenizer):
 
     def _item_loss(self, states: Tensor, view: View, targets: Tensor) -> Tensor:
         rows, labels, correction = self._candidates(targets)
+        states = queries(states, self.own.temperature)
         split = (states, self.attention.user_side(view.context), view.users, labels)
         numbers = _PAIR_NUMBERS.get(states.device.type, 256_000_000)
         size = max(1, numbers // (len(self.grid) * len(rows)))
@@ -333,14 +337,17 @@ class PMAT(PersonalTokenizer):
         absent = absent * (1 - 1 / n_items) ** n_sampled
         return rows, where[: len(targets)], -(1 - absent).log()
 
-    def _items(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What scores need to know of items [S]: vectors, vectors under all blends, sides, rows."""
+    def _items(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What scores need to know of items [S]: vectors under all blends (with late weights, in
+        each modality), sides, rows."""
         sides = self.attention.item_side(self.traits[rows], self.present[rows])
-        return self.fixed_vectors(rows), self.every_personal_vector(rows), sides, rows
+        vectors = self.fixed_vectors(rows) + self.every_personal_vector(rows)  # [G or M, S, d]
+        return keys(vectors, self.own.temperature), sides, rows
 
     def _scores(self, states: Tensor, view: View, rows: Tensor, learn: bool = False) -> Tensor:
         """[P, S] scores of items `rows`, each in the codes the user sees it with."""
         sides = self.attention.user_side(view.context)
+        states = queries(states, self.own.temperature)
         return self._pair_scores(states, sides, view.users, *self._items(rows), learn=learn)
 
     def _pair_scores(
@@ -348,8 +355,7 @@ class PMAT(PersonalTokenizer):
         states: Tensor,
         sides: Tensor,
         users: Tensor,
-        fixed: Tensor,
-        every: Tensor,
+        vectors: Tensor,
         item_sides: Tensor,
         rows: Tensor,
         learn: bool,
@@ -357,18 +363,17 @@ class PMAT(PersonalTokenizer):
         """With `learn`, the weights get a gradient: a choice of blend has none, so the score is
         taken to change with alpha_m as it does from one blend of the grid to the next towards m.
         (Codes under m alone in its place would pull all weight to a single modality.)"""
-        scores = states @ fixed.T
-        products = states @ every.flatten(0, 1).T  # one product for all blends
-        products = products.view(len(states), len(every), len(rows))  # [P, G or M, S]
-        if self.own.fusion == "late":
-            return scores + (blend_weights_of(sides, item_sides).transpose(0, 1) * products).sum(1)
+        products = states @ vectors.flatten(0, 1).T  # one product for all blends
+        products = products.view(len(states), len(vectors), len(rows))  # [P, G or M, S]
+        if self.own.fusion == "late":  # weights add up to 1
+            return (blend_weights_of(sides, item_sides).transpose(0, 1) * products).sum(1)
         if self.own.personalised == "random":
             drawn = self.random_weights(users[:, None], rows[None])
             points = nearest_grid_point(drawn, self.grid)
-            return scores + products.gather(1, points[:, None])[:, 0]
+            return products.gather(1, points[:, None])[:, 0]
         weights = blend_weights_of(sides, item_sides)  # [M, P, S]
         points = nearest_grid_point(weights.detach(), self.grid)  # [P, S]
-        scores = scores + products.gather(1, points[:, None])[:, 0]
+        scores = products.gather(1, points[:, None])[:, 0]
         if not (learn and weights.requires_grad):
             return scores
         products = products.detach()

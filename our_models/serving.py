@@ -1,9 +1,10 @@
 """Serving: what PMAT knows of each user between requests, and how it follows them.
 
-A user's IDs stay as they are until a test says that the interest has moved (model_parts/drift.py).
-Then weights move part of the way and digits change where that pays; shared digits never do. The
-generator always sees the history as it is now, each item in the codes the user had for it when it
-came in, or since the last move.
+The IDs of a user who has hardly any items are made anew with each of them. After that they stay as
+they are until a test says that the interest has moved (model_parts/drift.py). Then weights move
+part of the way and digits change where that pays; shared digits never do. The generator always
+sees the history as it is now, each item in the codes the user had for it when it came in, or since
+the last move.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from model_parts.drift import (
     topic_drift,
 )
 from model_parts.fusion import blend_weights_of, nearest_grid_point
+from model_parts.softmax import queries
 from our_models.pmat import PMAT, View
 
 
@@ -50,6 +52,7 @@ class _State:
     past: _Coded  # the newest items of the history, as many as the generator looks at
     start: int = 0  # first position after the last accepted drift
     due: int = 0  # length of the history at which the next test is worth its chance of an alarm
+    lengths: Tensor | None = None  # of the vectors of all items [N], kept while codes are
 
 
 class Server:
@@ -61,6 +64,8 @@ class Server:
     Args:
         model: a trained PMAT with early fusion; it is put into evaluation mode.
         histories: has `.items` [R] (1..N) and `.offsets` [U + 1]; other users start with nothing.
+        settled: a history that had fewer items is coded anew with every update, without a test:
+            what nothing or one item said of a user is not worth keeping.
         p_value: weights move when the test says at most this.
         growth: an update tests when there are so many times the items there were at the last test,
             counted from the last accepted drift. With 1 every update does, and chances of a false
@@ -73,12 +78,16 @@ class Server:
         permutations, seed: random orders of the test.
         by: what is tested: the modality that matters to the user (`coherence`), or the topics, the
             first digits of the history (`topics`).
+
+    Whoever was asked for is kept in `states`, N x (8 L_f + 4 M) bytes each for L_f personal digits;
+    `states.pop(user)` lets one go, with the items that came since the start.
     """
 
     def __init__(
         self,
         model: PMAT,
         histories: Any,
+        settled: int = 3,
         p_value: float = 0.01,
         growth: float = 1.5,
         threshold: float = 0.0,
@@ -94,8 +103,10 @@ class Server:
             raise ValueError("with late weights codes do not depend on users: nothing to keep")
         if by not in ("coherence", "topics"):
             raise ValueError(f"by is {by!r}; it must be coherence or topics")
-        if not 0 <= rate <= 1 or growth < 1 or margin < 0 or permutations < 1:
-            raise ValueError("rate is 0 to 1, growth and permutations are >= 1, margin is >= 0")
+        if not 0 <= rate <= 1 or growth < 1 or margin < 0 or permutations < 1 or settled < 0:
+            raise ValueError(
+                "rate is 0 to 1, growth and permutations are >= 1, margin and settled are >= 0"
+            )
         if not threshold and 0 < p_value < 1 / (1 + permutations):
             raise ValueError(
                 f"p_value={p_value} takes {math.ceil(1 / p_value) - 1} permutations or more: with "
@@ -103,6 +114,7 @@ class Server:
             )
         self.model, self.by = model.eval(), by
         self.histories = histories
+        self.settled = settled
         self.p_value, self.growth, self.threshold = p_value, growth, threshold
         self.rate, self.margin, self.permutations = rate, margin, permutations
         self.generator = torch.Generator().manual_seed(seed)
@@ -141,18 +153,25 @@ class Server:
     @torch.no_grad()
     def scores(self, user: int) -> Tensor:
         """Scores of all items in the codes the user has, [N]."""
-        model, codes = self.model, self._of(user).items.codes
-        state = self._encode(user)  # [1, d]
+        model, known = self.model, self._of(user)
+        codes, tau = known.items.codes, self.model.own.temperature
+        state = queries(self._encode(user), tau)  # [1, d]
         # <h, E> for each digit and code, looked up for each item: no [N, d] sums for each user
         table = model.tokens.weight[model.own.shared_digits * model.own.codes :] @ state[0]
         tokens = token_rows(codes, model.own.codes)
         personal = table.index_select(0, tokens.flatten()).view(tokens.shape).sum(1)
-        return self.fixed @ state[0] + personal + self.tie_break
+        scores = self.fixed @ state[0] + personal
+        if tau:
+            if known.lengths is None:
+                vectors = self.fixed + model._sum(codes, model.own.shared_digits)
+                known.lengths = vectors.norm(dim=1).clamp(min=1e-12)
+            scores = scores / known.lengths
+        return scores + self.tie_break
 
     @torch.no_grad()
     def update(self, user: int, items: Sequence[int], force: bool = False) -> Drift:
         """Append items; on drift, or with `force`, move weights and codes. `cut` is in the history;
-        the p-value is 1 where no test was due.
+        the p-value is 1 where no test was due, as for users whose history is not `settled`.
 
         Raises ValueError for items outside the catalogue; nothing is changed then.
         """
@@ -160,6 +179,9 @@ class Server:
         if not all(1 <= item <= len(self.rows) for item in items):
             raise ValueError(f"items are numbered 1 to {len(self.rows)}")
         state = self._of(user)
+        if len(state.history) < self.settled:
+            self.states[index(user)] = self._fresh(user, state.history + items)
+            return NO_DRIFT
         state.history.extend(items)
         state.past = self._appended(state, self.rows.new_tensor(items) - 1)
         length = len(state.history)
@@ -186,14 +208,18 @@ class Server:
             if 0 <= user < len(self.histories.offsets) - 1:
                 begin, end = self.histories.offsets[user : user + 2]
                 history = [int(item) for item in self.histories.items[begin:end]]
-            weights, past = self._weights(user, history)
-            rows = self.rows.new_tensor(history[-self.window :]) - 1
-            self.states[user] = _State(
-                history,
-                _Coded(self.rows, weights, self._codes(weights, self.rows)),
-                _Coded(rows, past, self._codes(past, rows)),
-            )
+            self.states[user] = self._fresh(user, history)
         return self.states[user]
+
+    def _fresh(self, user: int, history: list[int]) -> _State:
+        """A user whose codes are all made now."""
+        weights, past = self._weights(user, history)
+        rows = self.rows.new_tensor(history[-self.window :]) - 1
+        return _State(
+            history,
+            _Coded(self.rows, weights, self._codes(weights, self.rows)),
+            _Coded(rows, past, self._codes(past, rows)),
+        )
 
     def _appended(self, state: _State, new: Tensor) -> _Coded:
         """The past with new rows at its end, coded as the user sees items now."""
@@ -244,6 +270,7 @@ class Server:
         now, then = self._weights(user, state.history)
         state.items = self._followed(state.items, now)
         state.past = self._followed(state.past, then)
+        state.lengths = None
 
     def _followed(self, coded: _Coded, wanted: Tensor) -> _Coded:
         """Weights part of the way to `wanted` [M, R], and the digits that this pays for."""

@@ -9,6 +9,7 @@ from torch import nn
 from model_parts.backbone import (
     FrequencyBlock,
     FrequencyFilter,
+    Positions,
     PostNormBlock,
     PreNormBlock,
     SelfAttention,
@@ -114,6 +115,13 @@ def test_padding_is_nothing_to_the_filter_block():
 
 
 # --------------------------------------------------------------------------- the rest
+
+
+def test_more_history_than_the_window_is_refused():
+    places = Positions(T, WIDTH, from_end=True)
+    assert places(torch.tensor([T, 2]), T).shape == (2, T, WIDTH)
+    with pytest.raises(ValueError, match="a history of 8 items for a model that reads 7"):
+        places(torch.tensor([T + 1]), T + 1)
 
 
 def test_the_last_state_of_each_history():

@@ -250,6 +250,8 @@ def test_mmrec_faults_name_the_line(tmp_path: Path, lines: list[str], message: s
         ("user_id,item_id,timestamp\nu,a,1e20\n", "column 'timestamp': 1e\\+20 does not fit"),
         ("user_id,item_id,rating\nu,a,5\nu,b,good\n", "line 3, column 'rating': 'good' is not"),
         ("user_id,item_id,timestamp\nu,a,1\n,b,2\n", "line 3, column 'user_id': .*empty"),
+        ("user_id,item_id,timestamp\nu,a,1\nu, b,2\n", "line 3, column 'item_id': ' b' .*space"),
+        ("user_id,item_id,timestamp\nu,a,1\nv\0,b,2\n", "line 3, column 'user_id': .*NUL byte"),
         ("user_id,item_id,timestamp\nu,z,1\n", "line 2, column 'item_id': 'z' is not in items"),
         ("user_id,item_id,timestamp\nu,a,1,9\n", "line 2: 4 fields where the header has 3"),
         ('user_id,item_id,timestamp\nu,a,1\nu,"b,2\n', "line 3: .* unclosed quote"),

@@ -359,6 +359,37 @@ def test_digits_that_do_not_cut_a_latent_are_named_or_made_to_fit(tiny, task, fu
             model(tiny(model.name, settings), task.dataset.catalogue)
 
 
+def test_weights_of_mcrl_do_not_depend_on_its_encoders(made, task) -> None:
+    """Encoders that bend one modality into a point would otherwise draw all weight there."""
+    model = made("mcrl").eval()
+    batch = examples(model, task)
+    before = model.modality_weights_of(batch)
+    with torch.no_grad():
+        model.encoders[1][-1].bias += 100.0
+    assert torch.equal(model.modality_weights_of(batch), before)
+    assert before.std(0).max() > 0.01
+
+
+def test_mcrl_codes_items_by_the_modalities_they_have(made, task) -> None:
+    model = made("mcrl").eval()
+    everything = torch.arange(len(model.counts))
+    batch = examples(model, task)
+    n = len(batch.users)
+    alpha = torch.zeros(n, len(model.encoders))
+    alpha[:, 0] = 1.0  # all weight on a modality that some items lack
+    model.users = lambda _: (torch.randn(n, *model.inputs.shape[1:], generator=random()), alpha)
+    lacking = everything[~model.present[:, 0] & model.present.any(1)]
+    assert len(lacking) > 2
+    even = model.present[lacking].float()
+    points = nearest_grid_point((even / even.sum(1, keepdim=True)).T, model.grid)
+    ids, scores = model.item_ids(batch), model.score(batch)
+    assert torch.equal(ids[0, lacking], model.atlas()[points, lacking])
+    assert scores[0, lacking].unique().numel() > len(lacking) // 2
+    whole = everything[model.present[:, 0]]
+    corner = nearest_grid_point(alpha[:1].T, model.grid)
+    assert torch.equal(ids[0, whole], model.atlas()[corner, whole])
+
+
 def test_modality_weights_look_at_the_features_before_mcrl(made, task) -> None:
     plain, joint = made("pmat"), made("pmat_mcrl")
     assert torch.equal(joint.traits, plain.latents)

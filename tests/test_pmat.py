@@ -143,8 +143,7 @@ def test_weights_learn_from_the_next_blends(made) -> None:
     every = torch.randn(G, 1, model.own.width)
     state = torch.randn(1, model.own.width)
     score = model._pair_scores(
-        state, sides, torch.zeros(1).long(), torch.zeros(1, model.own.width), every, items,
-        torch.zeros(1).long(), learn=True,
+        state, sides, torch.zeros(1).long(), every, items, torch.zeros(1).long(), learn=True
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(score.sum(), sides)
     by_blend = every[:, 0] @ state[0]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from baseline_models.rpg import RPG
 from config import Config
 from model_parts.base import Batch, TrainingData, count_parameters
+from model_parts.trie import NOT_FOUND
 
 N_ITEMS = 60
 
@@ -227,7 +228,7 @@ def test_the_graph_scores_what_it_visits_and_nothing_else() -> None:
     batch = make_batch()
     walked = make_model(decoding="graph", edges=5, beams=3, steps=2).score(batch)
     exact = make_model().score(batch)
-    visited = torch.isfinite(walked)
+    visited = walked > NOT_FOUND
     assert (visited.sum(1) >= 5).all() and (visited.sum(1) <= 15).all()
     torch.testing.assert_close(walked[visited], exact[visited], atol=1e-5, rtol=1e-5)
 
@@ -237,6 +238,14 @@ def test_a_catalogue_smaller_than_the_beam_is_ranked() -> None:
     model = make_model(make_data(8), decoding="graph")  # 20 beams, 200 edges
     items = model.recommend(make_batch(8), 8, mask_seen=False)
     assert items.sort(dim=1).values.tolist() == [list(range(1, 9))] * 5
+
+
+@torch.no_grad()
+def test_what_the_walk_did_not_reach_comes_before_what_was_seen() -> None:
+    batch = make_batch()
+    found = make_model(decoding="graph", edges=3, beams=2, steps=1).recommend(batch, 20)
+    seen = (found[:, :, None] == batch.items[:, None]).any(2)
+    assert not seen.any()
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "warm items": {"pmat.dynamic": False},
     "residual and prefix": {"pmat.beta": 0.5, "pmat.prefix": True},
     "no shared digits": {"pmat.shared_digits": 0},
+    "cosines": {"pmat.temperature": 0.1},
 }
 USERS = range(8)
 
@@ -146,7 +147,7 @@ def test_full_step_is_a_full_recomputation(serve: Callable[..., Server], name: s
             expected = server.model.score(one)[0].detach()
             assert torch.allclose(server.scores(user), expected, atol=1e-5)
         changed += int((server.item_ids(user) != before).sum())
-    follows = name in ("user_item", "user", "residual and prefix", "no shared digits")
+    follows = name in ("user_item", "user", "residual and prefix", "no shared digits", "cosines")
     assert bool(changed) == follows
 
 
@@ -183,6 +184,29 @@ def test_drift_moves_weights_and_starts_anew(serve: Callable[..., Server]) -> No
     assert later.cut >= drift.cut
 
 
+def test_first_items_make_codes_anew_and_later_ones_do_not(serve: Callable[..., Server]) -> None:
+    server, other = serve(settled=3), serve()
+    items = unlike(server, 0, 4)
+    for n, item in enumerate(items, start=1):
+        before = server.item_ids(999)
+        server.update(999, [item])
+        fresh = other._fresh(999, items[:n])
+        if n <= 3:
+            assert torch.equal(personal(server, server.item_ids(999)), fresh.items.codes)
+            assert server.states[999].history == items[:n]
+        else:
+            assert torch.equal(server.item_ids(999), before)
+
+
+def test_cosines_follow_codes_that_moved(serve: Callable[..., Server]) -> None:
+    server = serve("cosines", rate=1.0, margin=0.0)
+    server.scores(0)  # lengths of the vectors are kept from here on
+    server.update(0, unlike(server, 0), force=True)
+    fresh = serve("cosines")
+    fresh.states[0] = fresh._fresh(0, list(server.states[0].history))
+    torch.testing.assert_close(server.scores(0), fresh.scores(0), atol=1e-5, rtol=1e-5)
+
+
 def test_tests_get_rarer_as_a_history_grows(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +220,7 @@ def test_tests_get_rarer_as_a_history_grows(
         (1.5, [1, 2, 3, 5, 8, 12]),
     ):
         tested.clear()
-        server = serve(growth=growth)
+        server = serve(growth=growth, settled=0)
         for item in range(1, 13):
             server.update(999, [item])
         assert tested == expected

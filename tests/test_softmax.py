@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from baseline_models.bsarec import BSARec
+from baseline_models.sasrec import SASRec
+from data_utils import history_batch
 from model_parts import softmax
-from model_parts.softmax import item_cross_entropy
+from model_parts.base import Batch, TrainingData
+from model_parts.softmax import item_cross_entropy, keys, queries
+from our_models.pmat import PMAT
 
 
 def both(states, items, targets):
@@ -74,3 +80,32 @@ def test_nan_is_not_hidden():
     states, items, targets = inputs(5, 9)
     states[2, 0] = float("nan")
     assert item_cross_entropy(states, items, targets).isnan()
+
+
+def test_a_temperature_makes_cosines_and_none_leaves_products():
+    states, items = torch.randn(3, 8) * 5, torch.randn(4, 8)
+    expected = F.cosine_similarity(states[:, None], items[None], dim=2) / 0.1
+    torch.testing.assert_close(queries(states, 0.1) @ keys(items, 0.1).T, expected)
+    torch.testing.assert_close(queries(states, 0.0) @ keys(items, 0.0).T, states @ items.T)
+
+
+@pytest.mark.parametrize("model", [SASRec, BSARec, PMAT])
+def test_scores_with_a_temperature_do_not_know_how_long_item_vectors_are(model, tiny, task):
+    config = tiny(model.name, {f"{model.name}.temperature": 0.1}, dropout=False)
+    torch.manual_seed(0)
+    made, train = model(config, task.dataset.catalogue), task.split.train
+    catalogue = task.dataset.catalogue
+    data = TrainingData(train, catalogue, train.n_users, catalogue.n_items)
+    made.prepare(data, torch.Generator().manual_seed(0))
+    made.eval()
+    batch = Batch(*map(torch.from_numpy, history_batch(train, np.arange(4), 16)))
+    with torch.no_grad():
+        scores = made.score(batch)
+        assert scores.abs().max() <= 10.01 and scores.std() > 0.1
+        if model is not PMAT:  # longer vectors of items that no history has change nothing
+            unseen = [i for i in range(1, scores.shape[1] + 1) if not (batch.items == i).any()]
+            made.items.weight[unseen] *= 7
+            torch.testing.assert_close(made.score(batch), scores, atol=1e-4, rtol=1e-4)
+    with torch.enable_grad():
+        loss = sum(made.loss(batch._replace(targets=batch.items)).values())
+    assert torch.isfinite(loss)
