@@ -76,7 +76,7 @@ def serve(model: PMAT, task: Task, users: np.ndarray, share: float, step: int) -
     whole, test = task.split.train_and_valid, task.split.test
     known = beginnings(whole, share)
     servers = {
-        "stale": Server(model, known, p_value=0.0),
+        "stale": Server(model, known, settled=0, p_value=0.0),
         "updated": Server(model, known, p_value=ALARM),
         "recomputed": Server(model, whole),
     }
