@@ -198,8 +198,12 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         # one read from the device, which waits for all that is queued there
         *losses, targets, length = torch.cat([means, torch.stack([everyone, norm])]).tolist()
-        # half precision may overflow in the gradient: its scaler skips the step by itself
-        checked = losses if self.scaler.is_enabled() else [*losses, length]
+        # half precision may overflow in the gradient: its scaler skips the step by itself; once it
+        # no longer makes gradients larger, that is not the reason
+        scaled = self.scaler.is_enabled() and (
+            math.isfinite(length) or self.scaler.get_scale() >= 1
+        )
+        checked = losses if scaled else [*losses, length]
         if not all(map(math.isfinite, checked)):
             self.scaler.update()
             self._skip(batch)

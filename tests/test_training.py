@@ -195,6 +195,19 @@ def test_five_bad_steps_in_a_row_end_the_run_and_keep_the_batch(tiny, tmp_path):
     assert batch.items.shape == (2, 2)
 
 
+def test_a_gradient_that_never_is_a_number_ends_a_run_in_fp16_too(tiny, tmp_path):
+    class Broken(Toy):
+        def loss(self, batch: Batch) -> dict[str, Tensor]:
+            zero = (self.weight - self.weight.detach()).abs().sum()
+            return super().loss(batch) | {"root": (0 * zero).sqrt()}
+
+    trainer = toy_trainer(tiny, tmp_path, Broken((1.0,) * 40), {"train.epochs": 20})
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # overflow explains four steps
+    with pytest.raises(UserError, match="not finite 5 times in a row"):
+        trainer.fit()
+    assert 40 - len(trainer.model.losses) == 4 + 5
+
+
 # --------------------------------------------------------------------------- checkpoints
 
 
