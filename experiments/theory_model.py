@@ -151,7 +151,8 @@ def followed(seen: Trained, rate: float, margin: float) -> list[tuple[Array, Arr
         begin, end = seen.train.offsets[user : user + 2]
         items = seen.train.items[begin:end]
         start = SimpleNamespace(items=items[:2], offsets=np.array([0, 2]))
-        server = Server(seen.model, start, 0, rate=rate, margin=margin, permutations=1)
+        # moved by force alone, from the first item on
+        server = Server(seen.model, start, settled=0, p_value=0.0, rate=rate, margin=margin)
         server.item_ids(0)
         states = [_look(server, seen.rows)]
         for item in items[2:]:

@@ -30,7 +30,7 @@ from model_parts.fusion import nearest_grid_point, simplex_grid
 ROOT = Path(__file__).parent.parent
 SEEDS = st.integers(0, 2**32 - 1)
 # Bounds that are known to say little: theory_analysis.md says so.
-WEAK = {"digits that must differ"}
+WEAK = {"digits that must differ", "levels together"}  # on tiny data
 
 
 def names(checks: dict[int, list[Check]]) -> dict[str, dict]:
@@ -359,7 +359,6 @@ def test_theory_refuses_what_the_theorems_are_not_about(tmp_path, small_flags, c
     assert "two modalities" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_theory_writes_bounds_and_figures(tmp_path, small_flags, capsys) -> None:
     folders = [f"--{name}_dir={tmp_path / name}" for name in ("save", "log", "data")]
     assert find_mode("theory") is run_theory
