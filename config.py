@@ -812,7 +812,7 @@ MODEL_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "train.batch_size": 256,
             "train.schedule": "cosine",
             "train.warmup_steps": 500,
-            "train.epochs": 20,
+            "train.epochs": 32,
             "train.eval_every": 4,
             "mmq.among": "existing",
             "mmq.tokenizer_steps": 1000,
