@@ -65,7 +65,7 @@ class Server:
         model: a trained PMAT with early fusion; it is put into evaluation mode.
         histories: has `.items` [R] (1..N) and `.offsets` [U + 1]; other users start with nothing.
         settled: a history that had fewer items is coded anew with every update, without a test:
-            what nothing or one item said of a user is not worth keeping.
+            what hardly any items said of a user is not worth keeping.
         p_value: weights move when the test says at most this.
         growth: an update tests when there are so many times the items there were at the last test,
             counted from the last accepted drift. With 1 every update does, and chances of a false
