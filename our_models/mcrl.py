@@ -8,7 +8,7 @@ DESIGN section 6. Three InfoNCE losses, each with a weight of its own (0 switche
 3. inter: the shared parts s_im of one item in different modalities, in the shared sub-space only,
    since aligning everything leaves nothing to personalise (sota.md 3.4: cosine .97, .03 bit).
 
-`MCRL` learns encoders z_im = enc_m(f_im), of which IDs are made, and recommends by itself, with
+`MCRL` learns the encoders of encoders.py, of which IDs are made, and recommends by itself, with
 quantised vectors. `PMATWithMCRL` takes the latents of PMAT from these encoders (stage one, with
 train interactions only) and keeps the three levels on the code vectors while the generator learns:
 L = lambda_pmat L_pmat + lambda_mcrl L_mcrl.
@@ -25,27 +25,17 @@ from torch import Tensor, nn
 
 from config import Config
 from model_parts.backbone import at_last
-from model_parts.base import Batch, Recommender, TrainingData
+from model_parts.base import Batch, TrainingData
 from model_parts.contrastive import (
     RandomPrefixes,
     aligned,
-    feature_neighbours,
     info_nce,
     one_prefix_each,
 )
-from model_parts.fusion import (
-    coherence,
-    even_weights,
-    nearest_grid_point,
-    or_all,
-    simplex_grid,
-)
-from model_parts.quantisers import BlendQuantiser
 from model_parts.stage_one import seeded
-from our_models.pmat import PMAT, View
-from our_models.tokenizer import digits_of_blends, item_latents, largest_divisor
-
-_ENCODER_WIDTH = 256
+from our_models.encoders import ModalityEncoders
+from our_models.pmat import PMAT
+from our_models.weights import View
 
 
 def sample_positive_negative_ids(
@@ -70,8 +60,8 @@ def sample_positive_negative_ids(
     return rows, own, similar, in_history | same | one_user
 
 
-class MCRL(Recommender):
-    """Contrastive encoders of items and users; IDs are the codes of the encoded items."""
+class MCRL(ModalityEncoders):
+    """The encoders, shaped by three contrastive levels."""
 
     name = "mcrl"
     examples = "prefixes"
@@ -88,115 +78,6 @@ class MCRL(Recommender):
         "mcrl.intra": (0.01, 1.0, "log"),
         "mcrl.inter": (0.01, 1.0, "log"),
     }
-
-    counts: Tensor  # [N] train interactions
-    inputs: Tensor  # [N, M, z] whitened features, unit rows
-    present: Tensor  # [N, M] bool
-    neighbours: Tensor  # [M, N, k] rows
-    grid: Tensor  # [G, M]
-    fitted: Tensor
-
-    def __init__(self, config: Config, catalogue: Any = None) -> None:
-        super().__init__()
-        self.own, self.sizes = config.mcrl, config.pmat
-        sizes = self.sizes
-        self.n_codes = sizes.codes
-        n_items = config.n_items(catalogue)
-        n_modalities = config.n_modalities(catalogue) + sizes.with_behaviour
-        width = sizes.latent
-        k = min(self.own.neighbours, max(n_items - 1, 1))
-        self.register_buffer("grid", simplex_grid(n_modalities, sizes.grid))
-        self.register_buffer("counts", torch.ones(n_items))
-        self.register_buffer("inputs", torch.zeros(n_items, n_modalities, width))
-        self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
-        self.register_buffer("fitted", torch.tensor(-1))  # the epoch whose encoders codes are of
-        self.register_buffer("neighbours", torch.zeros(n_modalities, n_items, k).long())
-        self.encoders = nn.ModuleList(_encoder(width) for _ in range(n_modalities))
-        # the shared sub-space: half of the width, from every modality
-        self.shared = nn.ModuleList(nn.Linear(width, width // 2) for _ in range(n_modalities))
-        self.query = nn.Sequential(
-            nn.Linear(2 * n_modalities * width, _ENCODER_WIDTH),
-            nn.GELU(),
-            nn.Linear(_ENCODER_WIDTH, n_modalities * width),
-        )
-        self.sharpness = nn.Parameter(torch.tensor(sizes.sharpness))
-        late = sizes.fusion == "late"  # PMAT has no blends then, but encoders learn with some
-        digits = largest_divisor(width, sizes.personal_digits) if late else digits_of_blends(sizes)
-        self.quantiser = BlendQuantiser(n_modalities, width, digits, sizes.codes)
-        self._atlas: Tensor | None = None
-        self.register_load_state_dict_post_hook(lambda model, _: model.forget_atlas())
-
-    # ----------------------------------------------------------------- representations
-
-    def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
-        """Whitened features, their neighbours and codebooks. Raises ValueError without features."""
-        counts = data.counts
-        latents, present = item_latents(data, counts > 0, self.sizes, generator)
-        self.start_from(counts, latents, present, generator)
-
-    def start_from(
-        self, counts: Tensor, inputs: Tensor, present: Tensor, generator: torch.Generator
-    ) -> None:
-        """Take train counts [N], latents [N, M, z] and presence [N, M]; find neighbours, codes."""
-        self.counts.copy_(counts)
-        self.inputs.copy_(inputs)
-        self.present.copy_(present)
-        k = self.neighbours.shape[2]
-        for m in range(len(self.encoders)):
-            found = feature_neighbours(self.inputs[:, m], self.present[:, m], k)
-            last = found[:, -1:].expand(-1, k - found.shape[1])  # again where there are fewer
-            self.neighbours[m] = torch.cat([found, last], dim=1)
-        self._fit_codebooks(generator)
-
-    def begin_epoch(self, epoch: int, generator: torch.Generator) -> None:
-        """Codebooks follow the encoders; not when an epoch is taken up again."""
-        if int(self.fitted) < epoch:
-            self._fit_codebooks(generator)
-            self.fitted.fill_(epoch)
-
-    @torch.no_grad()
-    def _fit_codebooks(self, generator: torch.Generator) -> None:
-        fitted = self.encoded(torch.nonzero(self.counts > 0)[:, 0])
-        points = torch.randint(len(self.grid), (2, len(fitted)), generator=generator)
-        blends = (self.grid[points][..., None] * fitted).flatten(0, 1)
-        self.quantiser.fit(blends[blends.flatten(1).norm(dim=1) > 0], generator, n_iterations=5)
-
-    def encoded(self, rows: Tensor) -> Tensor:
-        """z of items [P] in each modality, [P, M, z]: unit length, zero where missing."""
-        inputs = self.inputs[rows]
-        parts = [x + encode(x) for x, encode in zip(inputs.unbind(1), self.encoders, strict=True)]
-        return F.normalize(torch.stack(parts, dim=1), dim=2) * self.present[rows][..., None]
-
-    @torch.no_grad()
-    def _words(self, blends: Tensor) -> Tensor:
-        """The codewords of unit blends [P, M, z], scaled to unit length."""
-        even = torch.ones(blends.shape[1], 1, device=blends.device)  # they are weighted already
-        with torch.autocast(blends.device.type, enabled=False):  # rounded, codes would be others
-            codes = self.quantiser.codes(self.quantiser.tables(blends), even)
-        return self.quantiser.decode(codes)
-
-    def users(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Query q_u [B, M, z] and modality weights alpha_u [B, M] of the histories."""
-        seen = batch.items > 0
-        latents = batch.items.new_zeros(*batch.items.shape, 1, 1).float()
-        latents = latents.expand(-1, -1, *self.inputs.shape[1:]).clone()  # [B, T, M, z]
-        latents[seen] = self.encoded(batch.items[seen] - 1)
-        rows = (batch.items - 1).clamp(min=0)
-        # of the features: encoders bring a user's items together, and then every user would look
-        # coherent in the modality that lets itself be bent most
-        has = self.present[rows] & seen[:, :, None]
-        known = has.sum(1)  # [B, M]
-        sums = (self.inputs[rows] * has[..., None]).sum(1)
-        agreement = coherence(sums, known, self.sizes.prior_pairs)
-        alpha = torch.softmax(self.sharpness * agreement, dim=1)
-        age = (batch.lengths[:, None] - 1 - torch.arange(seen.shape[1], device=seen.device)).clamp(
-            0
-        )
-        recency = (0.7**age * seen)[:, :, None, None]
-        recent = (latents * recency).sum(1) / recency.sum(1).clamp(min=1e-6)
-        mean = latents.sum(1) / known.clamp(min=1)[..., None]
-        query = recent + self.query(torch.cat([mean, recent], dim=1).flatten(1)).view_as(recent)
-        return query, alpha
 
     # ----------------------------------------------------------------- the three levels
 
@@ -250,64 +131,6 @@ class MCRL(Recommender):
             both = (self.present[rows, m] & self.present[rows, n]).float()
             losses.append(aligned(parts[m], parts[n], same, self.own.temperature, both))
         return torch.stack(losses).sum() / max(len(losses) - 1, 1)
-
-    def _cosines(self, query: Tensor, items: Tensor) -> Tensor:
-        # of queries [B, M, z] with items [S, M, z], over the temperature
-        query = F.normalize(query.flatten(1), dim=1)
-        return query @ items.flatten(1).T / self.own.temperature
-
-    # ----------------------------------------------------------------- items
-
-    def train(self, mode: bool = True) -> MCRL:
-        """As in torch, and `forget_atlas`."""
-        self.forget_atlas()
-        return super().train(mode)
-
-    def forget_atlas(self) -> None:
-        """To be called when the encoders have changed."""
-        self._atlas = None
-
-    @torch.no_grad()
-    def atlas(self) -> Tensor:
-        """Codes of all items under all blends, [G, N, L]; kept while nothing is trained."""
-        if self._atlas is not None:
-            return self._atlas
-        everything = torch.arange(len(self.counts), device=self.counts.device)
-        atlas = self.quantiser.atlas(self.encoded(everything), self.grid)
-        self._atlas = None if self.training else atlas
-        return atlas
-
-    def score(self, batch: Batch) -> Tensor:
-        """[B, N]: queries with the codewords of each item's ID, as the user sees it."""
-        query, alpha = self.users(batch)  # alpha counts once: in the codes here, in q in the loss
-        points, atlas = self._points(alpha), self.atlas()
-        scores = query.new_zeros(points.shape)
-        for point in points.unique().tolist():  # one [B, N] of scores at a time
-            found = self._cosines(query, self.quantiser.decode(atlas[point]))
-            scores = torch.where(points == point, found, scores)
-        return scores
-
-    def _points(self, alpha: Tensor) -> Tensor:
-        """Blend under which users of weights [B, M] see each item, [B, N]: modalities that an item
-        lacks get nothing."""
-        patterns, which = or_all(self.present).unique(dim=0, return_inverse=True)  # [Q, M], [N]
-        weights = alpha[:, None] * patterns  # [B, Q, M]
-        weights = weights / weights.sum(2, keepdim=True).clamp(min=1e-12)
-        return nearest_grid_point(weights.permute(2, 0, 1), self.grid)[:, which]
-
-    @torch.no_grad()
-    def modality_weights_of(self, batch: Batch) -> Tensor:
-        """alpha of each user, the same for all items, [B, M]."""
-        return self.users(batch)[1]
-
-    @torch.no_grad()
-    def item_ids(self, batch: Batch | None = None) -> Tensor:
-        """Codes under each user's weights, [B, N, L]; under even weights without users, [N, L]."""
-        if batch is None:
-            everything = torch.arange(len(self.counts), device=self.counts.device)
-            return self.quantiser.atlas(self.encoded(everything), even_weights(self.grid))[0]
-        points, atlas = self._points(self.users(batch)[1]), self.atlas()
-        return atlas[points, torch.arange(points.shape[1], device=points.device)]
 
 
 class PMATWithMCRL(PMAT):
@@ -404,9 +227,3 @@ class PMATWithMCRL(PMAT):
         return torch.stack(
             [self.personal_vectors(g.expand(len(rows)), rows) for g in self.corners], 1
         )
-
-
-def _encoder(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, _ENCODER_WIDTH), nn.GELU(), nn.Linear(_ENCODER_WIDTH, width)
-    )

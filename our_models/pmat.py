@@ -1,14 +1,14 @@
 """PMAT: a personalised multimodal adaptive tokenizer and the generator that speaks its codes.
 
 DESIGN section 5. An item has codes that are the same for everybody and codes of a blend x_i(u) of
-its modalities whose weights alpha_m(u, i) depend on user and item (tokenizer.py). Everything
-nonlinear happens before the blend, so no item is encoded again for a user.
+its modalities (tokenizer.py) whose weights alpha_m(u, i) depend on user and item (weights.py).
+Everything nonlinear happens before the blend, so no item is encoded again for a user.
 
 An item's vector is the sum of its code vectors. With one head for all digits, ranking by
 sum_l log p_l equals ranking by <h_u, sum_l E_l[C_u[i, l]]> (DESIGN 5.5), plus beta <h_u, e_i> for
 the model with a dense residual; beta = 0 is the pure-ID model. With `temperature` the score is the
-cosine of the two over it. An item of the history enters with
-the codes its user had for it once it had come: its own context is among the inputs only.
+cosine of the two over it. An item of the history enters with the codes its user had for it once it
+had come: its own context is among the inputs only.
 
 Loss: softmax over items, every candidate coded under the same user (DESIGN 5.6), so that making
 codes easy helps the negatives as much as the target. The context q_u that weights depend on is made
@@ -17,9 +17,8 @@ of the history before the target only, so codes can not tell it.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,38 +26,22 @@ from torch import Tensor, nn
 
 from config import Config
 from model_parts.backbone import FrequencyBlock, Positions, at_last, init_weights
-from model_parts.base import Batch, TrainingData
+from model_parts.base import Batch
 from model_parts.chunked import chunked_sum
 from model_parts.decoding import token_rows
 from model_parts.dropout import Dropout
-from model_parts.fusion import (
-    ModalityAttention,
-    blend_weights_of,
-    coherence,
-    nearest_grid_point,
-    or_all,
-    random_grid_points,
-)
+from model_parts.fusion import blend_weights_of, nearest_grid_point
 from model_parts.quantisers import projected_codewords
 from model_parts.softmax import keys, queries
-from our_models.tokenizer import PersonalTokenizer
+from our_models.weights import PersonalWeights, View
 
-# Contexts of other users that the control with permuted users looks through.
-_STRANGERS = 1024
 # Score of one unit of log(1 + train count), where IDs are equal.
 _TIE_BREAK = 1e-4
 # Numbers held at once where users meet items: 8 MB, so that they stay in cache.
 _PAIR_NUMBERS = {"cpu": 2_000_000, "cuda": 256_000_000}
 
 
-class View(NamedTuple):
-    """Through whose eyes items are coded."""
-
-    context: Tensor  # [P, c]
-    users: Tensor  # [P]
-
-
-class PMAT(PersonalTokenizer):
+class PMAT(PersonalWeights):
     """Personalised semantic IDs, decoded exactly."""
 
     name = "pmat"
@@ -88,18 +71,11 @@ class PMAT(PersonalTokenizer):
         "pmat.temperature": [0.0, 0.04, 0.06, 0.1],
     }
 
-    strangers: Tensor  # [1024, summary], histories of random users
-
     def __init__(self, config: Config, catalogue: Any = None) -> None:
         super().__init__(config, catalogue)
-        own = self.own
-        self.window = window = config.data.max_history
-        n_items, n_modalities, _ = self.latents.shape
-        summary = n_modalities * (own.latent + 1) + 1
-        self.register_buffer("law", _law(own.law, len(self.grid)))
-        self.register_buffer("strangers", torch.zeros(_STRANGERS, summary))
+        own, window = self.own, self.window
         self.tokens = nn.Embedding(self.n_digits * own.codes, own.width)
-        self.residual = nn.Embedding(n_items, own.width) if own.beta else None
+        self.residual = nn.Embedding(len(self.counts), own.width) if own.beta else None
         # the filter of BSARec looks both ways, so it needs an example for every prefix
         self.examples = "positions" if own.causal else "prefixes"
         self.positions = Positions(window, own.width, from_end=not own.causal)
@@ -113,29 +89,8 @@ class PMAT(PersonalTokenizer):
         )
         init_weights(self)
         nn.init.normal_(self.tokens.weight, std=self._token_length() / math.sqrt(own.width))
-        level = "user_item" if own.personalised == "permuted" else own.personalised
-        self.attention = ModalityAttention(
-            own.context + n_modalities, own.latent, n_modalities, own.attention, level
-        )
-        self.attention.start_from_coherence(own.sharpness)
-        learns = level.startswith("user") or own.prefix
-        self.context_width = own.context + n_modalities if learns else 1
-        self.context = self.context_network() if learns else None
+        self.make_attention()
         self.prefix = nn.Linear(self.context_width, own.width, bias=False) if own.prefix else None
-
-    def prepare(self, data: TrainingData, generator: torch.Generator) -> None:
-        """The tokenizer, and histories of random users at random moments for the control."""
-        super().prepare(data, generator)
-        offsets = torch.tensor(data.train.offsets)
-        items = torch.tensor(data.train.items, dtype=torch.long, device=self.counts.device)
-        active = torch.nonzero(offsets.diff() > 0)[:, 0]
-        for row, user in enumerate(
-            active[torch.randint(len(active), (_STRANGERS,), generator=generator)].tolist()
-        ):
-            history = items[offsets[user] : offsets[user + 1]]
-            end = int(torch.randint(1, len(history) + 1, (), generator=generator))
-            seen = history[max(0, end - self.window) : end]  # as much as the model sees of anybody
-            self.strangers[row] = self.summaries(seen[None])[0, -1]
 
     def _token_length(self) -> float:
         # a sum of L code vectors should be as long as one item embedding of the baselines
@@ -154,69 +109,6 @@ class PMAT(PersonalTokenizer):
         books += [quantiser.codebooks.flatten(2) for quantiser in personal]
         rows = torch.cat([projected_codewords(book, self.own.width, generator) for book in books])
         self.tokens.weight.copy_(rows * self._token_length())
-
-    # ----------------------------------------------------------------- weights
-
-    def summaries(self, items: Tensor) -> Tensor:
-        """What the history up to each position looks like in each modality, [B, T, M (z + 1) + 1].
-
-        Running mean of the unit latents, the log of the number of items, and how coherent the items
-        are in each modality: their mean pairwise cosine, shrunk towards 0 for few items, which
-        tells how much the modality matters to this user.
-        """
-        seen = items > 0
-        rows = (items - 1).clamp(min=0)
-        known = self.present[rows] & seen[:, :, None]  # [B, T, M]
-        sums = (self.traits[rows] * known[..., None]).cumsum(1)
-        counts = known.cumsum(1)
-        means = sums / counts.clamp(min=1)[..., None]
-        length = seen.cumsum(1).float().log1p()[..., None]
-        agreement = coherence(sums, counts, self.own.prior_pairs)
-        return torch.cat([means.flatten(2), length, agreement], dim=2)
-
-    def contexts(self, batch: Batch) -> Tensor:
-        """q_u before the first item and after each one, [B, T + 1, c]."""
-        T = batch.items.shape[1]
-        summaries = self.summaries(batch.items)
-        if self.own.personalised == "permuted":
-            summaries = self.strangers[batch.users % _STRANGERS][:, None].expand(-1, T, -1)
-        elif not self.own.dynamic:  # what the first items said holds for ever
-            steps = torch.arange(T, device=summaries.device)
-            summaries = summaries[:, steps.clamp(max=self.own.warm_items - 1)]
-        return self.context_of(F.pad(summaries, (0, 0, 1, 0)), self.context)
-
-    def context_network(self) -> nn.Module:
-        """What makes contexts of summaries."""
-        network = nn.Linear(self.strangers.shape[1], self.own.context), nn.GELU()
-        return nn.Sequential(*network, Dropout(self.own.dropout))
-
-    def context_of(self, summaries: Tensor, network: nn.Module | None) -> Tensor:
-        """q_u of summaries [..., summary]: [..., c]; one zero where nothing depends on it."""
-        if network is None:
-            return summaries.new_zeros(*summaries.shape[:-1], 1)
-        return torch.cat([network(summaries), summaries[..., -len(self.corners) :]], dim=-1)
-
-    def pair_points(self, view: View, rows: Tensor) -> Tensor:
-        """Blend under which each of P users sees one item, [P]."""
-        if self.own.personalised == "random":
-            return nearest_grid_point(self.random_weights(view.users, rows), self.grid)
-        weights = self.attention.pairs(view.context, self.traits[rows], self.present[rows])
-        return nearest_grid_point(weights, self.grid)
-
-    def random_weights(self, users: Tensor, rows: Tensor) -> Tensor:
-        """alpha of the control, of users and items that broadcast, [M, ...]: a blend drawn by the
-        law. As with learned weights a modality that the item lacks gets nothing; where the others
-        have nothing either, they share evenly."""
-        present = or_all(self.present[rows]).float()
-        known = self.grid[random_grid_points(users, rows, self.law)] * present  # [..., M]
-        known = torch.where(known.sum(-1, keepdim=True) > 0, known, present.expand_as(known))
-        return (known / known.sum(-1, keepdim=True).clamp(min=1e-6)).movedim(-1, 0)
-
-    def modality_weights(self, view: View, rows: Tensor) -> Tensor:
-        """alpha of each of B users for each of S items, [M, B, S]."""
-        if self.own.personalised == "random":
-            return self.random_weights(view.users[:, None], rows[None])
-        return self.attention(view.context, self.traits[rows], self.present[rows])
 
     # ----------------------------------------------------------------- vectors
 
@@ -253,15 +145,6 @@ class PMAT(PersonalTokenizer):
         return self.fixed_vectors(rows) + personal
 
     # ----------------------------------------------------------------- generator
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """What modality weights come from learns more slowly than the rest: it starts from
-        coherence, which is a good guess, and could otherwise turn codes into hidden scores. Where
-        no weight looks at the context it is a prefix and no more, and learns like the rest."""
-        weighing = [self.attention]
-        if self.attention.of_user is not None:
-            weighing.append(self.context)
-        return self.slowed(weighing, self.own.attention_rate)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """State after each position [B, T, d], and q_u before the first and after each item."""
@@ -413,65 +296,7 @@ class PMAT(PersonalTokenizer):
         beside the differences between scores of different IDs."""
         return _TIE_BREAK * self.counts.log1p()
 
-    # ----------------------------------------------------------------- IDs
-
-    def view(self, batch: Batch) -> View:
-        """How the users of a batch see items after their whole histories."""
-        contexts = self.contexts(batch)
-        everybody = torch.arange(len(contexts), device=contexts.device)
-        return View(contexts[everybody, batch.lengths], batch.users)
-
-    @torch.no_grad()
-    def item_ids(self, batch: Batch | None = None) -> Tensor:
-        """Codes as each user sees them now, [B, N, L]; under even weights without users, [N, L].
-
-        With late weights nothing about a code depends on users: the digits of all modalities.
-        """
-        if batch is None:
-            return self.common_ids()
-        if self.own.fusion == "late":
-            return self.common_ids().expand(len(batch.users), -1, -1)
-        rows = torch.arange(len(self.counts), device=self.counts.device)
-        points = nearest_grid_point(self.modality_weights(self.view(batch), rows), self.grid)
-        return torch.stack([self.ids(p, rows) for p in points])
-
-    @torch.no_grad()
-    def blend_law(self) -> Tensor:
-        """Share of each blend among random users and items that lack no modality (all items where
-        there are none), [G]: what `pmat.law` wants."""
-        whole = self.present.all(1)
-        rows = torch.nonzero(whole if whole.any() else ~whole)[:, 0]
-        rows = rows[:: len(rows) // 500 + 1]
-        contexts = self.context_of(self.strangers, self.context)
-        view = View(contexts, torch.arange(_STRANGERS, device=rows.device))
-        points = nearest_grid_point(self.modality_weights(view, rows), self.grid)
-        return torch.bincount(points.flatten(), minlength=len(self.grid)) / points.numel()
-
-    def describe(self) -> dict[str, Any]:
-        """Adds the share of each blend among users and items (`pmat.law` of the control)."""
-        return super().describe() | {"law": [round(p, 4) for p in self.blend_law().tolist()]}
-
-    @torch.no_grad()
-    def modality_weights_of(self, batch: Batch) -> Tensor:
-        """alpha of each user, mean over all items, [B, M]."""
-        rows = torch.arange(len(self.counts), device=self.counts.device)
-        return self.modality_weights(self.view(batch), rows).mean(2).T
-
-
-# --------------------------------------------------------------------------- helpers
-
 
 def _owners(users: Tensor, where: Tensor) -> Tensor:
     """Users [B] of the True positions of where [B, T], in their order."""
     return users[where.nonzero()[:, 0]]
-
-
-def _law(text: str, n_points: int) -> Tensor:
-    """Probabilities of the grid points from "0.2,0.5,..."; even for an empty text."""
-    if not text:
-        return torch.full((n_points,), 1 / n_points)
-    with contextlib.suppress(ValueError):
-        law = torch.tensor([float(part) for part in text.split(",")])
-        if len(law) == n_points and bool((law >= 0).all()) and float(law.sum()):
-            return law
-    raise ValueError(f"pmat.law wants {n_points} numbers of at least 0, one for each blend")
