@@ -164,18 +164,22 @@ def uniqueness(codes: np.ndarray) -> float:
 
 
 def code_usage(codes: np.ndarray, n_codes: int | Sequence[int]) -> CodeUsage:
-    """Use of every digit of `codes` [N, L] or, all users pooled, [U, N, L].
+    """Use of every digit of `codes` [N, L] or, the mean over users, [U, N, L]: pooled, users who
+    each have few codes could hide it from each other.
 
     `n_codes` is K, or one K per digit. Raises ValueError for a code outside 0..K-1.
     """
-    digits = _by_user(codes).reshape(-1, codes.shape[-1])
-    sizes = np.broadcast_to(n_codes, digits.shape[1])
-    if digits.min() < 0 or (digits.max(axis=0) >= sizes).any():
+    users = _by_user(codes)
+    sizes = np.broadcast_to(n_codes, users.shape[2])
+    if users.min() < 0 or (users.max(axis=(0, 1)) >= sizes).any():
         raise ValueError(f"codes must lie within 0..K-1 for K = {n_codes}")
-    counts = [np.bincount(column, minlength=K) for column, K in zip(digits.T, sizes, strict=True)]
+    counts = [
+        [np.bincount(column, minlength=K) for column, K in zip(ids.T, sizes, strict=True)]
+        for ids in users
+    ]
     return CodeUsage(
-        used=np.array([(c > 0).mean() for c in counts]),
-        perplexity=np.exp([stats.entropy(c) for c in counts]),
+        used=np.mean([[(c > 0).mean() for c in of_user] for of_user in counts], axis=0),
+        perplexity=np.mean([np.exp([stats.entropy(c) for c in u]) for u in counts], axis=0),
     )
 
 

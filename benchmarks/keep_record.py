@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def pack(ranks_file: Path, target: Path) -> None:
     """Write the ranks of a run in the small form of the records."""
     with np.load(ranks_file, allow_pickle=False) as ranks:
         users, masked, unmasked = ranks["users"], ranks["masked"], ranks["unmasked"]
+        targets = ranks["targets"]
     doubled, below = np.rint(2 * masked), np.rint(2 * (unmasked - masked))
     kind = np.uint16 if doubled.max() < 2**16 and below.max() < 2**16 else np.uint32
     np.savez_compressed(
@@ -66,14 +68,17 @@ def pack(ranks_file: Path, target: Path) -> None:
         user_steps=np.diff(users, prepend=0).astype(kind),
         masked_twice=doubled.astype(kind),
         seen_above_twice=below.astype(kind),
+        targets_crc32=np.uint32(_checksum(targets)),
     )
 
 
 def unpack(record: Path) -> dict[str, np.ndarray]:
-    """Rows of users and both ranks of every target of a record."""
+    """Rows of users and both ranks of every target of a record, and, in those since the evening of
+    27 November 2026, a checksum of the target items."""
     with np.load(record / "ranks.npz", allow_pickle=False) as packed:
         masked = packed["masked_twice"] / 2
-        return {
+        checksum = {"targets_crc32": packed["targets_crc32"]} if "targets_crc32" in packed else {}
+        return checksum | {
             "users": np.cumsum(packed["user_steps"].astype(np.int64)),
             "masked": masked,
             "unmasked": masked + packed["seen_above_twice"] / 2,
@@ -85,7 +90,8 @@ def table(place: Path, against: str = "") -> str:
 
     With `against`, the name of a record without its seed, also the difference in NDCG@10 of every
     user (seen items masked, mean over the seeds each side has) with a 95 % bootstrap interval.
-    Raises UserError where there is no record, or none of that name.
+    Raises UserError where there is no record, or none of that name, or where records that are to
+    be compared were tested in different ways.
     """
     groups: dict[str, list[Path]] = {}
     for record in _records(place):
@@ -95,6 +101,8 @@ def table(place: Path, against: str = "") -> str:
             f"--against {against}: {place} has no such record; there are {', '.join(groups)}."
         )
     theirs = _gains(groups[against]) if against else None
+    if against:
+        _check_alike([record for records in groups.values() for record in records])
     rows = sorted(_row(name, records, against, theirs) for name, records in groups.items())
     head = [
         "record", "seeds", "valid N@10", "R@10", "N@10", "R@10, unmasked", "N@10, unmasked",
@@ -112,7 +120,8 @@ def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
     """
     records = _records(place)
     request = {"run.mode": mode, "data.dataset": dataset}
-    task = load_task(build_config(request))
+    config = build_config(request)
+    task = load_task(config)
     test, user_ids = task.split.test, task.dataset.user_ids
     owners = np.repeat(test.users, np.diff(test.offsets))
     for record in records:
@@ -122,7 +131,9 @@ def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
         result["label"] = name.removeprefix(result["model"]).removeprefix("-").replace("-", " ")
         result["protocol"]["split"] = split_name(task.dataset)  # as it is called now
         ranks = unpack(record)
-        if not np.array_equal(ranks["users"], owners):
+        checksum = ranks.pop("targets_crc32", None)  # older records have none
+        same = np.array_equal(ranks["users"], owners) and checksum in (None, _checksum(test.items))
+        if not same or result["protocol"]["tie_policy"] != config.data.tie_policy:
             raise UserError(
                 f"{record} is not of --dataset {dataset}, or was read with other settings."
             )
@@ -134,6 +145,25 @@ def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
             target / "ranks.npz", user_ids=user_ids[owners], targets=test.items, **ranks
         )
     write_yaml(folder / "request.yaml", {"flags": request, "overlay": {}})
+
+
+def _check_alike(records: list[Path]) -> None:
+    """Raise UserError unless all records are of the same users, in the same order of time."""
+    found = []
+    for record in records:
+        result = json.loads((record / "metrics.json").read_text(encoding="utf-8"))
+        counts = [result["dataset"][key] for key in ("users", "items", "interactions")]
+        found.append((*counts, result["protocol"]["tie_policy"], unpack(record)["users"].tobytes()))
+    for record, facts in zip(records, found, strict=True):
+        if facts != found[0]:
+            raise UserError(
+                f"{records[0]} and {record} were not tested alike (users, items, interactions, "
+                "tie_policy); keep them in different folders."
+            )
+
+
+def _checksum(items: np.ndarray) -> int:
+    return zlib.crc32(items.astype(np.int64).tobytes())
 
 
 def _records(place: Path) -> list[Path]:

@@ -10,14 +10,16 @@ import pandas as pd
 import baseline_models
 import our_models
 from experiments.groups import user_groups
-from experiments.report import COLUMNS, Entry, informed, protocol, ranks_of
+from experiments.personal import QUALITY_USERS
+from experiments.report import COLUMNS, Entry, Run, informed, protocol, ranks_of
 from experiments.runs import VALID_IN_GRAPH, Task
-from experiments.tables import Column, Table
+from experiments.tables import P_VALUE, Column, Table
 from metrics import effect_size, holm, mean_std, paired_bootstrap
 
 SIGNIFICANT = 0.05
 USERS_ONLY = "by a paired bootstrap over users, which leaves out how training runs differ"
 FEWEST = 20  # users on whom models are compared
+FEWEST_DIFFERENT = 10  # of them with whom two models do not do equally well
 COMPARED = ("difference", "low", "high", "p", "effect size")
 INFORMED = "valid item in graph"  # column: whether a row is such a second line
 
@@ -55,6 +57,8 @@ def baseline_table(found: list[Entry]) -> Table:
         )
     note += _still_rising(found)
     columns = [Column("model", "Model", "s"), *(_metric(c) for c in COLUMNS)]
+    if frame["seeds"].nunique() > 1:
+        columns.insert(1, Column("seeds", "Seeds", ",.0f"))
     all_runs = [run for entry in found for run in entry.runs]
     return Table(
         "baseline_results", "Test metrics", f"{protocol(all_runs)} {note}", columns, frame,
@@ -106,13 +110,14 @@ def _means(entry: Entry, part: str = "test") -> dict[str, float]:
 
 
 def reference(found: list[Entry]) -> Entry:
-    """The best baseline on NDCG@10; the best of all where there is no baseline."""
+    """The best baseline by NDCG@10 on valid; the best of all where there is no baseline. (Chosen
+    on test, it would owe its place to luck in part, for which Holm's p does not allow.)"""
     among = [entry for entry in found if entry.model in baseline_models.MODELS] or found
-    return max(among, key=lambda entry: entry.users().mean())
+    return max(among, key=lambda e: np.mean([run.result["valid"]["ndcg@10"] for run in e.runs]))
 
 
 def _role(best: Entry) -> str:
-    return ", the baseline that is best on test," * (best.model in baseline_models.MODELS)
+    return ", the baseline that is best on valid," * (best.model in baseline_models.MODELS)
 
 
 def _against(found: list[Entry], best: Entry) -> pd.DataFrame:
@@ -125,17 +130,24 @@ def _against(found: list[Entry], best: Entry) -> pd.DataFrame:
             rows.append(row | compared(entry.users(), theirs))
     frame = pd.DataFrame(rows, columns=["model", "compared with", *COMPARED])
     frame = with_holm(frame).rename(columns={"difference": "ndcg@10 difference"})
-    frame["ndcg@10 mark"] = [
-        ("" if not p < SIGNIFICANT else "*" if difference > 0 else "†")
-        for p, difference in zip(frame["p (Holm)"], frame["ndcg@10 difference"], strict=True)
-    ]
+    sure = frame["p (Holm)"] < SIGNIFICANT
+    frame["ndcg@10 mark"] = _marks(frame["ndcg@10 difference"], sure)
     return frame
 
 
+def _marks(differences: Any, sure: Any) -> list[str]:
+    """* where a difference is surely above 0, † where surely below."""
+    return [
+        ("" if not s else "*" if d > 0 else "†") for d, s in zip(differences, sure, strict=True)
+    ]
+
+
 def compared(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """`COMPARED` of two models on the same users [E]; nothing of fewer than `FEWEST` users, on
-    whom no interval can be relied."""
-    if len(ours) < FEWEST:
+    """`COMPARED` of two models on the same users [E]; nothing where no interval can be relied on:
+    of fewer than `FEWEST` users, or where the two differ with fewer than `FEWEST_DIFFERENT`, but
+    for two models that are the same."""
+    different = np.count_nonzero(ours != theirs)
+    if len(ours) < FEWEST or 0 < different < FEWEST_DIFFERENT:
         return {}
     found = paired_bootstrap(ours, theirs)
     values = (found.difference, found.low, found.high, found.p_value, effect_size(ours, theirs))
@@ -172,19 +184,24 @@ def group_table(found: list[Entry], task: Task) -> Table:
                 f"{entry.model} difference": found_here.get("difference", np.nan),
                 f"{entry.model} low": low,
                 f"{entry.model} high": high,
-                f"{entry.model} difference mark": "*" if low > 0 or high < 0 else "",
+                f"{entry.model} difference mark": "*" * (low > 0) + "†" * (high < 0),
             }
         rows.append(row)
     columns = [Column("group", "Group", "s"), Column("users", "Users", ",")]
     columns += [Column(model, model) for model in values]
     columns += [Column(f"{entry.model} difference", f"Δ {entry.model}", "+.4f") for entry in ours]
-    note = (
-        f"NDCG@10. {_over_seeds([best, *ours])}Δ against {best.model}{_role(best).rstrip(',')}; "
-        "* its 95 % interval (paired bootstrap over the users of the group, not corrected "
-        f"for the number of groups) leaves out 0; – fewer than {FEWEST} users. Short, long, "
-        "missing most and least: at or beyond the quartiles; planted: the taste that the mock "
-        "generator gave. Nothing is bold. What weights of the user add is in the ablations, not "
-        "here: the models of this table differ in more than that."
+    note = f"NDCG@10. {_over_seeds([best, *ours])}"
+    if ours:
+        note += (
+            f"Δ against {best.model}{_role(best).rstrip(',')}; * its 95 % interval is above 0, † "
+            f"below: {USERS_ONLY} and is not corrected for the number of groups; – fewer than "
+            f"{FEWEST} users, or fewer than {FEWEST_DIFFERENT} with whom the two differ. What "
+            "weights of the user add is in the ablations, not here: the models of this table "
+            "differ in more than that. "
+        )
+    note += (
+        "Short, long, missing most and least: at or beyond the quartiles; planted: the taste that "
+        "the mock generator gave. Nothing is bold."
     )
     runs = [run for entry in [best, *ours] for run in entry.runs]
     return Table(
@@ -232,24 +249,52 @@ def id_tables(found: list[Entry]) -> list[Table]:
         "codes; consistency: Spearman of feature cosine and share of equal digits; personal: "
         "Spearman of code distance and modality-weight distance between users; churn: share of "
         "digits, also of those that all users share, that change with one more item. The last "
-        "digit of tiger and cofirec only tells equal IDs apart. " + _over_seeds(having) + "highest "
-        "Unique, Consistency and Personal bold, second underlined; the others are not ranked."
+        "digit of tiger and cofirec only tells equal IDs apart. Of personal IDs, all but Unique "
+        f"are of {QUALITY_USERS} users at most, one by one. {_over_seeds(having)}Highest Unique, "
+        "Consistency and Personal bold, second underlined; the others are not ranked."
     )
     return [_facts(having, "id_quality", QUALITY, "ID quality", note)]
 
 
 def efficiency_table(found: list[Entry]) -> Table:
-    """Time to train and to answer, memory and size of all models."""
-    machine = found[0].runs[0].result["environment"]
+    """Time to train and to answer, memory and size of all models.
+
+    Of a model whose seeds ran on several machines, only those on the machine of the first. Rows of
+    several machines are not ranked and say which is whose.
+    """
+    found = [
+        entry._replace(runs=[run for run in entry.runs if machine(run) == machine(entry.runs[0])])
+        for entry in found
+    ]
+    machines = dict.fromkeys(machine(entry.runs[0]) for entry in found)
+    alone = len(machines) == 1
     note = (
-        f"On {machine['device']}, {machine['threads']} threads, training in "
-        f"{machine.get('training', 'float32')}. Stage one: what comes before the first epoch; "
+        (f"On {next(iter(machines))}. " if alone else "")
+        + "Stage one: what comes before the first epoch; "
         "epochs: how many were run; peak MB: the most memory of the run, less what the process "
         "held before it; IDs ms: coding the whole catalogue for one user. Latency of "
         "one request for the 10 best items of 1 and of 64 users, from histories in memory to lists "
-        f"in memory; users/s at 64. {_over_seeds(found)}fastest bold, second underlined."
+        f"in memory, no p99 of fewer than 100 calls; users/s at 64. {_over_seeds(found)}"
+        + (
+            "Fastest bold, second underlined."
+            if alone
+            else "Rows were measured on different machines, so speed and memory compare nothing "
+            "between them and nothing is bold."
+        )
     )
-    return _facts(found, "efficiency", SPEED, "Efficiency", note)
+    speed = SPEED if alone else tuple(column._replace(best=0) for column in SPEED)
+    table = _facts(found, "efficiency", speed, "Efficiency", note)
+    if alone:
+        return table
+    frame = table.frame.assign(machine=[machine(entry.runs[0]) for entry in found])
+    return table._replace(frame=frame, columns=[*table.columns, Column("machine", "Machine", "s")])
+
+
+def machine(run: Run) -> str:
+    """What a run was made on, and in which precision."""
+    where = run.result["environment"]
+    precision = where.get("training", "float32")
+    return f"{where['device']}, {where['threads']} threads, training in {precision}"
 
 
 def _facts(
@@ -287,17 +332,18 @@ def ablation_table(found: list[Entry]) -> Table:
                 row = {"model": entry.model, "variant": entry.label, **_ablated(entry)}
                 rows.append(row | _delta(entry, full))
     frame = with_holm(pd.DataFrame(rows))
-    frame["difference mark"] = ["*" if p < SIGNIFICANT else "" for p in frame["p (Holm)"]]
+    frame["difference mark"] = _marks(frame["difference"], frame["p (Holm)"] < SIGNIFICANT)
     columns = [
         Column("variant", "Variant", "s"), Column("model", "Model", "s"),
         plain_metric("recall@10"), plain_metric("ndcg@10"),
         Column("difference", "Δ N@10", "+.4f"), Column("low", "low", "+.4f"),
-        Column("high", "high", "+.4f"), Column("p (Holm)", "p (Holm)", ".3f"),
+        Column("high", "high", "+.4f"), Column("p (Holm)", "p (Holm)", P_VALUE),
     ]  # fmt: skip
     note = (
         "Every variant is trained anew. Δ: variant minus full model in NDCG@10 with the seeds both "
         f"have (– where they have none), with a 95 % interval {USERS_ONLY}; the interval is not "
-        f"corrected, * is: p < {SIGNIFICANT} after Holm over all rows. Nothing is bold: "
+        f"corrected, * (above) and † (below) are: p < {SIGNIFICANT} after Holm over all rows. "
+        "Nothing is bold: "
         "rows are compared with their full model, not ranked."
     )
     runs = [run for entry in found for run in entry.runs]

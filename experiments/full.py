@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from config import MODE_MODELS, Config, ConfigError, dataset_name
-from experiments import mcrl, plots, report, results
+from experiments import comparisons, mcrl, plots, report, results
 from experiments.case_study import case_tables, write_case_study
 from experiments.document import Section, write_document
 from experiments.efficiency import latencies
@@ -145,11 +145,12 @@ def size_table(rows: list[dict[str, Any]]) -> Table:
     columns = [Column("model", "Model", "s")]
     columns += [Column(c, f"{int(c):,} items", ".2f", -1) for c in frame if c != "model"]
     note = (
-        "Median ms of one request for the 10 best items (100 calls, one user, mock catalogues, "
-        "models prepared but not trained, one run, so that differences below a factor of two say "
-        "little); – not measured, as preparing a smaller catalogue took too long "
-        "(full.size_seconds); fastest bold, second underlined. Not a quality measurement: no "
-        "split, masking or ties are involved."
+        "Median ms of one request for the 10 best items (100 calls, fewer of slow models, one "
+        "user, mock catalogues, models prepared but not trained, one run, so that differences "
+        "below a factor of two say little); – not measured, as preparing a smaller catalogue took "
+        "too long (full.size_seconds) or this size failed, which experiment.log tells; fastest "
+        "bold, second underlined. Not a quality measurement: no split, masking or ties are "
+        "involved."
     )
     return Table("latency_by_size", "Latency and catalogue size", note, columns, frame)
 
@@ -182,7 +183,7 @@ def write_full(folder: Path, task: Task, latest: Path | None = None) -> list[Tab
             [(folder / "baseline_top10_metrics.png",
               "Test metrics; intervals are of each model alone, differences are in the table."),
              (folder / "learning_curves.png",
-              "Valid NDCG@10 over epochs; orange: the epoch that is kept, grey: other models.")],
+              "Valid NDCG@10 over epochs, first seed; orange: the one kept, grey: other models.")],
         ),
         Section("Groups of users", [], [groups]),
         Section("Ablations", [], ablations,
@@ -206,20 +207,22 @@ _TRIALS = "Search, valid NDCG@10 of trials: {}."
 _SPACE = (
     "{}: t-SNE of semantic IDs, distance = share of digits that differ; colours: categories (on "
     "mock the topic of the visual features only), grey: the rest. Where IDs are personal, on the "
-    "right the part in the frame: the item whose IDs differ most, as six users code it. Axes have "
-    "no unit, maps of different models cannot be compared."
+    "right the part in the frame: of the items shown, the one whose IDs differ most from what the "
+    "first user has, as users code it who weigh a modality most, two for each. Axes have "
+    "no unit, maps of different models cannot be compared. First seed."
 )
 _LOSSES = (
     "Weighted parts of the loss of pmat_mcrl, first seed; every part has a scale of its own, none "
     "begins at 0."
 )
 _WEIGHTS = (
-    "{}: modality weights of users, mean over items; whiskers up to 1.5 times the box, without "
-    "outliers."
+    "{}: modality weights of users, mean over items, first seed; whiskers up to 1.5 times the box, "
+    "without outliers."
 )
 _DRIFT = (
-    "{}: modality weights while users move on; bands are 95 % intervals over users. Far from the "
-    "middle there are fewer users, with longer histories."
+    "{}: modality weights while users move on, first seed. Where drift was planted: means over "
+    "users with 95 % intervals over them, far from the middle of fewer users, with longer "
+    "histories. Elsewhere: of those with the longest histories, the users whose weights range most."
 )
 
 
@@ -242,16 +245,16 @@ def _how_it_was_made(folder: Path) -> Section:
     asked = {k: v for k, v in (stored.overlay | stored.flags).items() if k not in MAY_CHANGE}
     if "data.dataset" in asked:  # a report goes to others: no path of this machine
         asked["data.dataset"] = dataset_name(asked["data.dataset"])
-    machine = runs[0].result["environment"]
+    first = runs[0].result["environment"]
+    machines = dict.fromkeys(map(comparisons.machine, runs))
     failed = report.unfinished(folder)
     text = [
         report.protocol(runs),
         "Model selection on valid NDCG@10; tokenizers, graphs and statistics saw the train part "
         "only. Every number is measured by the runs in this folder.",
         "Settings of the command: " + (", ".join(f"{k}={v}" for k, v in asked.items()) or "none"),
-        f"Machine: {machine['device']}, {machine['threads']} threads, training in "
-        f"{machine.get('training', 'float32')}, {machine['platform']}, Python "
-        f"{machine['python']}, torch {machine['torch']}.",
+        f"Machine: {'; also '.join(machines)} ({first['platform']}, Python {first['python']}, "
+        f"torch {first['torch']}).",
         f"Rebuild tables and figures: python main.py --mode report --from results/{folder.name}",
     ]
     if failed:

@@ -14,8 +14,7 @@ from experiments import comparisons, plots, report
 from experiments.modes import conduct, model_jobs, run_jobs
 from experiments.requests import Request
 from experiments.runs import BEST, Task, load_task, run
-from experiments.tables import Column, Table, write_table
-from metrics import paired_bootstrap
+from experiments.tables import P_VALUE, Column, Table, write_table
 from util import atomic_path, write_json
 
 logger = getLogger("pmat")
@@ -74,13 +73,19 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
         _copy_weights(runs, latest.resolve().parent / "checkpoints", folder)
     plots.loss_curves(found[JOINT].epochs(), folder / "mcrl_losses")
     compared = content["comparison"]
-    print(
-        f"\nNDCG@10 of PMAT+MCRL minus PMAT: {compared['difference']:+.4f} "
-        f"(95 % interval {compared['low']:+.4f} to {compared['high']:+.4f})"
-    )
+    print("\nNDCG@10 of PMAT+MCRL minus PMAT: " + _said(compared))
     table = _table(found, compared_runs, compared)
     write_table(table, folder)
     return [table]
+
+
+def _said(compared: dict[str, float]) -> str:
+    if not compared:
+        return "not compared, too few users differ"
+    return (
+        f"{compared['difference']:+.4f} "
+        f"(95 % interval {compared['low']:+.4f} to {compared['high']:+.4f})"
+    )
 
 
 def _of_common_seeds(runs: list[report.Run]) -> list[report.Run]:
@@ -106,15 +111,17 @@ def _table(
     columns = [
         Column("model", "Model", "s"), *map(comparisons.plain_metric, _SHOWN),
         Column("difference", "Δ NDCG@10", "+.4f"), Column("low", "low", "+.4f"),
-        Column("high", "high", "+.4f"), Column("p_value", "p", ".3f"),
+        Column("high", "high", "+.4f"), Column("p", "p", P_VALUE),
     ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    frame = frame.reindex(columns=[*frame, *(c.key for c in columns if c.key not in frame)])
     note = (
         "R: recall, N: NDCG. Δ in NDCG@10 with a 95 % interval and p, one comparison, "
         f"{comparisons.USERS_ONLY}. Nothing is bold."
     )
     title = "PMAT alone and with MCRL"
     caption = f"{report.protocol(runs)} {note}"
-    return Table("mcrl_comparison", title, caption, columns, pd.DataFrame(rows))
+    return Table("mcrl_comparison", title, caption, columns, frame)
 
 
 def _copy_weights(runs: list[report.Run], checkpoints: Path, folder: Path) -> None:
@@ -126,10 +133,10 @@ def _copy_weights(runs: list[report.Run], checkpoints: Path, folder: Path) -> No
 
 
 def _comparison(found: dict[str, report.Entry], runs: list[report.Run]) -> dict[str, Any]:
-    compared = paired_bootstrap(found[JOINT].users(), found[ALONE].users())
+    compared = comparisons.compared(found[JOINT].users(), found[ALONE].users())
     return {
         "caption": report.caption(runs[0].result),
         "runs": [made.result for made in runs],
         "losses": {f"{made.model}_seed{made.seed}": made.epochs() for made in runs},
-        "comparison": compared._asdict(),
+        "comparison": compared,
     }

@@ -134,7 +134,7 @@ def _mean_lines(axis: Axes, part: pd.DataFrame, labels: tuple[str, str]) -> None
             weight=[row[name] for name, row in zip(own, part.to_dict("records"), strict=True)]
         )
         found = weights.groupby("relative")["weight"].agg(["mean", "std", "count"])
-        half = 1.96 * found["std"].fillna(0) / found["count"] ** 0.5
+        half = 1.96 * found["std"] / found["count"] ** 0.5  # nan, so no band, of one user alone
         axis.plot(
             found.index, found["mean"], color=COLOURS[index], linestyle=DASHES[index],
             marker=MARKERS[index], markersize=3.5, label=label,
@@ -255,7 +255,8 @@ def _one_item(
     for index, (user, point) in enumerate(zip(users, own, strict=True)):
         axis.scatter(
             *point, s=110 - 70 * index / len(users), color=COLOURS[index % 7],
-            marker=MARKERS[index % 7], edgecolor="black", linewidth=0.6, zorder=3 + index,
+            marker=MARKERS[(index + index // 7) % 7], edgecolor="black", linewidth=0.6,
+            zorder=3 + index,
             label=plain(f"user {user}"),
         )  # fmt: skip
     axis.set_title(plain(f"item {star} as different users have it"))

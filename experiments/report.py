@@ -161,10 +161,10 @@ def protocol(runs: list[Run]) -> str:
     """`caption` and the seeds, as sentences that open the caption of a table."""
     seeds = sorted({run.seed for run in runs})
     names = ", ".join(map(str, seeds))
-    rows: dict[tuple[str, str], int] = {}
+    rows: dict[tuple[str, str], list[int]] = {}
     for run in runs:
-        rows[run.model, run.label] = rows.get((run.model, run.label), 0) + 1
-    if len(set(rows.values())) > 1:
+        rows.setdefault((run.model, run.label), []).append(run.seed)
+    if any(sorted(row) != seeds for row in rows.values()):
         names += " (not every row has all of them)"
     return f"{caption(runs[0].result)}; {'seeds' if len(seeds) > 1 else 'one run, seed'} {names}."
 

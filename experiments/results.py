@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from logging import getLogger
 from pathlib import Path
@@ -30,11 +31,8 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
     if not runs:
         return []
     found = entries(runs)
-    main = comparisons.baseline_table(found)
     missing = [name for name in unfinished(folder) if "--" not in name]  # ablations have a table
-    if missing:
-        said = f"{main.caption} Failed or not finished: {', '.join(missing)}."
-        main = main._replace(caption=said)
+    main = _with_missing(comparisons.baseline_table(found), missing)
     tables = [
         main,
         comparisons.group_table(found, task),
@@ -60,6 +58,14 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
     for entry in found:
         draw_ids(entry, task, folder)
     return tables
+
+
+def _with_missing(table: Table, missing: list[str]) -> Table:
+    """The table, whose caption names runs that have no result."""
+    if not missing:
+        return table
+    said = f"{table.caption} Failed or not finished: {', '.join(missing)}."
+    return table._replace(caption=said)
 
 
 def draw_ids(entry: Entry, task: Task, folder: Path) -> None:
@@ -105,7 +111,9 @@ def write_ablation(folder: Path, task: Task, latest: Path | None = None) -> list
         logger.warning("No full model with ablations has finished: no ablation table yet.")
         return []
     print(text_table(runs))
-    table = comparisons.ablation_table(found)
+    names = {made.model for made in runs}
+    missing = [name for name in unfinished(folder) if re.split("--|_seed", name)[0] in names]
+    table = _with_missing(comparisons.ablation_table(found), missing)
     content = {
         "caption": table.caption,
         "rows": table.frame.to_dict("records"),

@@ -12,6 +12,7 @@ import pandas as pd
 from util import atomic_path
 
 WIDE = 9  # a LaTeX table with more columns is shrunk to the line; a column with ± counts twice
+P_VALUE = "p"  # form of a column: three decimals, and no 0, which no p is
 LONG = 40  # characters; a column with longer text gets lines of its own width
 
 
@@ -83,6 +84,8 @@ def _column_cells(frame: pd.DataFrame, column: Column, apart: list[bool]) -> lis
 def _shown(value: Any, form: str, nothing: str = "–") -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return nothing
+    if form == P_VALUE:
+        return "<0.001" if value < 0.001 else f"{value:.3f}"
     return value if isinstance(value, str) else format(value, form)
 
 

@@ -252,8 +252,9 @@ def test_code_usage_by_hand():
     np.testing.assert_allclose(usage.used, [0.5, 0.25, 0.75])
     np.testing.assert_allclose(usage.perplexity, [2, 1, 2**1.5])  # entropy of 1/2 1/4 1/4
     np.testing.assert_allclose(metrics.code_usage(codes, [2, 4, 3]).used, [1, 0.25, 1])
-    pooled = metrics.code_usage(np.stack([codes, codes[::-1]]), 4)
-    np.testing.assert_allclose(pooled.perplexity, usage.perplexity)
+    both = metrics.code_usage(np.stack([codes, 3 - codes]), 4)  # pooled they would use more
+    np.testing.assert_allclose(both.used, usage.used)
+    np.testing.assert_allclose(both.perplexity, usage.perplexity)
 
 
 def test_code_usage_refuses_codes_outside_the_book():

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments import plots_ids, runs
-from experiments.comparisons import ablation_table, compared
+from experiments import efficiency, plots_ids, runs
+from experiments.comparisons import ablation_table, compared, efficiency_table, reference
 from experiments.groups import user_groups
 from experiments.personal import IDS, TIMELINE, WEIGHTS, extreme_users, modality_weights
-from experiments.report import entries, read_runs
+from experiments.report import Entry, entries, protocol, read_runs
 from experiments.runs import MODELS, Task, load_model, load_ranks, model_class
-from experiments.tables import Column, Table, cells, html, latex, markdown
+from experiments.tables import P_VALUE, Column, Table, cells, html, latex, markdown
 from experiments.training import Trainer
 from main import main
 from metrics import Ranks, paired_bootstrap, per_user
@@ -157,7 +157,11 @@ def test_every_table_says_how_it_was_measured(baseline_folder):
 
 def test_models_are_tested_against_the_best_baseline(baseline_folder):
     table = pd.read_csv(baseline_folder / "baseline_results.csv").set_index("model")
-    best = table.loc[["popularity", "rpg"], "ndcg@10"].idxmax()
+    valid = pd.Series(
+        {e.model: np.mean([run.result["valid"]["ndcg@10"] for run in e.runs])
+         for e in entries(read_runs(baseline_folder))}
+    )  # fmt: skip
+    best = valid[["popularity", "rpg"]].idxmax()
     compared = table["compared with"].dropna()
     assert set(compared) == {best} and best not in compared.index
     found = {entry.model: entry.users() for entry in entries(read_runs(baseline_folder))}
@@ -169,6 +173,58 @@ def test_models_are_tested_against_the_best_baseline(baseline_folder):
     for _, row in table.dropna(subset="p (Holm)").iterrows():
         mark = "" if row["p (Holm)"] >= 0.05 else "*" if row["ndcg@10 difference"] > 0 else "†"
         assert ("" if pd.isna(row["ndcg@10 mark"]) else row["ndcg@10 mark"]) == mark
+
+
+def test_the_reference_is_chosen_on_valid(baseline_folder):
+    def with_valid(name: str, value: float) -> Entry:
+        entry = next(e for e in found if e.model == name)
+        valid = {"valid": {"ndcg@10": value}}
+        return entry._replace(runs=[run._replace(result=run.result | valid) for run in entry.runs])
+
+    found = entries(read_runs(baseline_folder))
+    for best, other in (("rpg", "popularity"), ("popularity", "rpg")):
+        assert reference([with_valid(best, 0.2), with_valid(other, 0.1)]).model == best
+
+
+def test_speed_on_several_machines_is_not_ranked(baseline_folder):
+    found = entries(read_runs(baseline_folder))
+    same = efficiency_table(found)
+    assert "Machine" not in [column.title for column in same.columns]
+    assert any(column.best for column in same.columns) and " threads" in same.caption
+    last = found[-1].runs[-1]
+    elsewhere = last.result["environment"] | {"device": "another GPU"}
+    slow = last.result["efficiency"] | {"train_seconds": 1e6}
+    changed = last._replace(
+        result=last.result | {"environment": elsewhere, "efficiency": slow}
+    )  # the second seed of a row: it must not enter the mean of the first
+    mixed = efficiency_table(
+        [*found[:-1], found[-1]._replace(runs=[*found[-1].runs[:-1], changed])]
+    )
+    assert mixed.frame["train_seconds"].max() < 1e6
+    mixed = efficiency_table([*found[:-1], found[-1]._replace(runs=[changed])])
+    assert not any(column.best for column in mixed.columns)
+    assert "another GPU" in markdown(mixed) and "different machines" in mixed.caption
+
+
+def test_rows_of_other_seeds_are_said_to_be(baseline_folder):
+    first, second = (run for run in read_runs(baseline_folder) if run.model == "pmat")
+    assert "not every row" not in protocol([first, second])
+    other = first._replace(result=first.result | {"model": "other", "seed": 44})
+    third = second._replace(result=second.result | {"model": "other"})
+    assert "not every row has all of them" in protocol([first, second, other, third])
+
+
+def test_no_p_value_is_printed_as_zero():
+    frame = pd.DataFrame({"model": ["a", "b", "c"], "p": [0.0002, 0.001, float("nan")]})
+    columns = [Column("model", "Model", "s"), Column("p", "p", P_VALUE)]
+    shown = [row[1].text for row in cells(Table("t", "T", "", columns, frame))]
+    assert shown == ["<0.001", "0.001", "–"]
+
+
+def test_a_p99_wants_a_hundred_calls():
+    many, few = efficiency._summary([0.002] * 100), efficiency._summary([0.002] * 30)
+    assert many["p99_ms"] == few["p50_ms"] == pytest.approx(2.0)
+    assert few["p99_ms"] is None and few["calls"] == 30
 
 
 def test_small_groups_are_shown_and_not_compared(baseline_folder):
@@ -299,6 +355,7 @@ def test_quality_and_speed_have_what_the_tables_print(baseline_folder):
     assert "churn" not in theirs and found["popularity_seed42"]["id_quality"] is None
     for result in found.values():
         speed = result["efficiency"]
+        assert speed["latency_calls"] == 100
         assert speed["latency_p50_ms"] <= speed["latency_p95_ms"] <= speed["latency_p99_ms"]
         assert {f"latency64_{p}_ms" for p in ("p50", "p95", "p99")} <= set(speed)
         assert speed["throughput_users_per_second"] > 0 and speed["peak_memory_mb"] >= 0
@@ -394,6 +451,10 @@ def test_ablations_of_other_seeds_and_few_users_are_shown_but_not_compared(
     assert table["difference"].isna().all() and (table["difference mark"] == "").all()
     assert compared(np.ones(19), np.zeros(19)) == {}
     assert compared(np.ones(20), np.zeros(20))["low"] == 1.0
+    many, few = np.zeros(1000), np.zeros(1000)
+    few[:9] = 1.0
+    assert compared(few, many) == {}, "nine users cannot speak for a thousand"
+    assert compared(many, many)["difference"] == 0.0
 
 
 @pytest.mark.parametrize("settings", [["mock.n_users=15"], ["data.features=text"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,23 @@ def test_mode_report_reads_restored_records(kept, tmp_path, capsys) -> None:
     assert main(["--mode", "report", "--from", str(folder), "--data_dir", str(tmp_path)]) == 0
     assert "sasrec" in capsys.readouterr().out
     assert (folder / "baseline_results.tex").exists()
+
+
+def test_records_of_another_order_are_not_restored_or_compared(kept, tmp_path, capsys) -> None:
+    data, runs, place = kept
+    other = tmp_path / "other"
+    shutil.copytree(place, other)
+    with np.load(runs / "popularity_seed42" / "ranks.npz") as ranks:
+        turned = dict(ranks) | {"targets": ranks["targets"][::-1]}
+    np.savez(tmp_path / "ranks.npz", **turned)
+    records.pack(tmp_path / "ranks.npz", other / "popularity_seed42" / "ranks.npz")
+    flags = ["--restore", str(tmp_path / "restored"), "--dataset", str(data)]
+    assert records.main([str(other), *flags]) == 2
+    assert "popularity_seed42 is not of --dataset" in capsys.readouterr().err
+    metrics = other / "popularity_seed42" / "metrics.json"
+    metrics.write_text(
+        metrics.read_text().replace('"tie_policy": "file"', '"tie_policy": "shuffle"')
+    )
+    with pytest.raises(UserError, match="were not tested alike"):
+        records.table(other, against="popularity")
+    assert "popularity" in records.table(other)
