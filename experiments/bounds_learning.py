@@ -1,6 +1,6 @@
 """Theorems 4 and 5 of theory_analysis.md as numbers: what contrastive learning does to codes.
 
-Letters: B anchors, S keys, N items, M modalities, L digits, d width.
+Letters: B anchors, J keys, N items, M modalities, L digits, d width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from experiments.bounds import Array, Check
 
 
 def certified_information(joint: Array, critic: Array, keys: int) -> tuple[float, float, float]:
-    """log S - loss, the mutual information and the entropy of y, in nats, all exact.
+    """log J - loss, the mutual information and the entropy of y, in nats, all exact.
 
     joint [X, Y] probabilities, critic [X, Y]; the loss is the expectation over one pair from the
     joint and keys - 1 independent y, summed over all of them.
@@ -34,14 +34,19 @@ def certified_information(joint: Array, critic: Array, keys: int) -> tuple[float
     return float(np.log(keys) - loss), float(information), float(entropy)
 
 
+def joint_of_codes(joint: Array, codes: Array) -> Array:
+    """Probabilities [X, C] of contexts and codes: joint [X, Y] of items, whose codes are [Y]."""
+    return joint @ np.eye(codes.max() + 1)[codes]
+
+
 def info_nce(similarity: Array, positives: Array, temperature: float = 1.0) -> Array:
-    """Loss of each anchor: similarity [B, S], positives [B] -> [B]."""
+    """Loss of each anchor: similarity [B, J], positives [B] -> [B]."""
     logits = similarity / temperature
     return logsumexp(logits, axis=1) - logits[np.arange(len(logits)), positives]
 
 
 def _margins(similarity: Array, positives: Array) -> Array:
-    # s_b - s_j for the S - 1 negatives of each anchor, [B, S - 1]
+    # s_b - s_j for the J - 1 negatives of each anchor, [B, J - 1]
     rows = np.arange(len(similarity))
     gaps = similarity[rows, positives][:, None] - similarity
     kept = np.ones_like(gaps, dtype=bool)
@@ -52,7 +57,7 @@ def _margins(similarity: Array, positives: Array) -> Array:
 def separation(similarity: Array, positives: Array, temperature: float) -> tuple[Check, Check]:
     """Margin of the positive over the nearest negative, and over the mean negative, by the loss.
 
-    min >= tau log 1 / (e^loss - 1), mean >= tau log (S - 1) / (e^loss - 1). `similarity` are
+    min >= tau log 1 / (e^loss - 1), mean >= tau log (J - 1) / (e^loss - 1). `similarity` are
     cosines, hence the trivial bound of -2.
     """
     gaps = _margins(similarity, positives)

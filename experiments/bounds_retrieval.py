@@ -44,6 +44,15 @@ def memory(
     }
 
 
+def table_scores(by_digits: Array, scores: Array) -> Check:
+    """Sums of table entries [B, N] are the scores of the model [B, N]: distance 0.
+
+    As a share of the range of each request's scores, which is what one knows without the equality.
+    """
+    off = np.abs(by_digits - scores) / np.ptp(scores, axis=1, keepdims=True).clip(1e-12)
+    return Check("scores off the table's", np.zeros_like(off), off, 1.0, exact=True)
+
+
 def colliding_pairs(codes: Array, n_codes: int) -> Check:
     """Pairs of items with equal first p digits, p = 1..L: at least (N^2 / K^p - N) / 2."""
     n, digits = codes.shape
@@ -104,14 +113,19 @@ def beam_loss(tables: Array, codes: Array, beams: int) -> tuple[Check, Check]:
     most = np.full(len(rows), float(beams * tables.shape[2] * digits))
     return (
         Check("score lost by the beam", certificate, lost, spread),
-        Check("codes a beam looks at", most, expanded, float(n * tables.shape[2] * digits)),
+        Check(
+            "codes a beam looks at (arithmetic)",
+            most,
+            expanded,
+            float(n * tables.shape[2] * digits),
+        ),
     )
 
 
 def walk_work(
     table: Array, codes: Array, graph: Array, beams: int, steps: int, start: Array
 ) -> Check:
-    """Items scored by a walk on a graph [N, E]: at most b E a step, whatever N."""
+    """Items scored by a walk on a graph [N, E]: at most b E a step, whatever N, by construction."""
     digits = np.arange(codes.shape[1])
     beam, scored = start[:beams], []
     for _ in range(steps):
@@ -120,4 +134,5 @@ def walk_work(
         scores = table[digits, codes[met]].sum(1)
         beam = met[np.argsort(-scores)[:beams]]
     bound = np.full(steps, float(beams * graph.shape[1]))
-    return Check("items a walk scores in a step", bound, np.array(scored, float), float(len(codes)))
+    name = "items a walk scores in a step (arithmetic)"
+    return Check(name, bound, np.array(scored, float), float(len(codes)))

@@ -1,9 +1,8 @@
-"""The same bounds on a trained PMAT: its latents, codebooks, weights, server and code vectors."""
+"""Theorems 1, 4 and 6 on a trained PMAT: its latents, codebooks, weights and code vectors."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +10,16 @@ import torch
 from data_utils import Sequences, history_batch
 from experiments import bounds, bounds_learning, bounds_retrieval
 from experiments.bounds import Array, Check, Tables, make_tables
-from experiments.theory_random import Checks, unit
+from experiments.theory_random import codes_under, unit
 from model_parts.base import Batch
+from model_parts.fusion import nearest_grid_point
 from our_models.pmat import PMAT
-from our_models.serving import Server
+from our_models.weights import View
 
 # Items and users looked at: enough for means, few enough for a minute.
-_ITEMS, _USERS, _FOLLOWED, _SHUFFLED, _GRAPH = 120, 24, 6, 150, 500
+_ITEMS, _USERS, _GRAPH = 120, 24, 500
+# How far contexts go towards those of another user, for theorem 1 on users who are alike.
+_NEAR = 0.01
 
 
 class Trained:
@@ -41,13 +43,9 @@ class Trained:
         self.batch = self.histories(self.users, train)
         with torch.no_grad():
             view = model.view(self.batch)
-            weights = model.modality_weights(view, torch.from_numpy(self.rows))
-            self.states = array(model.last_states(self.batch))  # [B, d]
+            self.weights, _ = self.looks(view)  # [B, N, M]
         self.contexts = array(view.context)  # [B, c]
-        self.weights = shares(np.moveaxis(array(weights), 0, -1))  # [B, N, M]
         self.ids = model.item_ids(self.batch).numpy()[:, self.rows]  # [B, N, L]
-        self.targets = [weights for weights, _ in followed(self, 1.0, 0.0)]  # of each [n, N, M]
-        self.p_values = shuffled_p_values(self, rng)
 
     def histories(self, users: Array, sequences: Any) -> Batch:
         """The batch of these users."""
@@ -56,6 +54,14 @@ class Trained:
     def personal(self, ids: Array) -> Array:
         """The personal digits of whole IDs."""
         return ids[..., self.model.own.shared_digits :]
+
+    @torch.no_grad()
+    def looks(self, view: View) -> tuple[Array, Array]:
+        """Weights [B, N, M] and personal codes [B, N, L] that the model makes of contexts."""
+        rows = torch.from_numpy(self.rows)
+        weights = self.model.modality_weights(view, rows)  # [M, B, N]
+        codes = self.model.atlas[nearest_grid_point(weights, self.model.grid), rows]
+        return shares(np.moveaxis(array(weights), 0, -1)), codes.numpy()
 
     def atlas(self, weights: Array) -> Array:
         """Codes that the model keeps for weights [G, M] on its grid: [G, N, L]."""
@@ -81,42 +87,57 @@ def shares(weights: Array) -> Array:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def model_checks(seen: Trained, rng: np.random.Generator) -> Checks:
-    """All theorems but the fifth, which is about another model (theory_levels.py)."""
-    return {
-        1: drift_of_ids(seen, rng),
-        2: updates(seen),
-        3: consistency(seen),
-        4: discrimination(seen),
-        6: retrieval(seen, rng),
-    }
+def even_weights(present: Array) -> Array:
+    """The same for every modality that an item has, [N, M]; for all if it has none."""
+    known = present | ~present.any(1, keepdims=True)
+    return known / known.sum(1, keepdims=True)
 
 
 def drift_of_ids(seen: Trained, rng: np.random.Generator) -> list[Check]:
     """Theorem 1 between users who stand next to each other in a random list."""
-    found: dict[str, list[Check]] = {}
+    checks = []
     personal = seen.personal(seen.ids)
     for u in range(len(seen.users) - 1):
         one, other = seen.weights[u], seen.weights[u + 1]
         codes = (personal[u], personal[u + 1])
         rounded = bounds.to_grid(one, seen.r), bounds.to_grid(other, seen.r)
-        for check in (
+        checks += [
             bounds.isometry(seen.latents, one, other),
             bounds.directions(seen.latents, one, other, seen.r),
             bounds.changed_digits(seen.tables, *rounded, codes),
             bounds.separated_digits(seen.latents, seen.codebooks, *rounded),
-        ):
-            found.setdefault(check.name, []).append(check)
+        ]
     modalities = seen.weights.shape[-1]
     starts = rng.dirichlet(np.ones(modalities), 20)
-    step = np.array([1.0, -1.0] + [0.0] * (modalities - 2)) * 0.05 if modalities > 1 else None
-    checks = [together(parts) for parts in found.values()]
-    checks.append(bounds.rounding(seen.weights, seen.r))
-    if step is not None:
-        checks.append(bounds.crossings(seen.atlas, seen.r, starts, step))
-    slope = attention_slope(seen)
-    checks.append(bounds.attention(slope, seen.present, seen.contexts, seen.weights))
-    return checks
+    step = np.array([1.0, -1.0] + [0.0] * (modalities - 2)) * 0.05
+    n_codes = seen.model.own.codes
+    chi = bounds.sensitivity(attention_slope(seen), seen.present)
+    return [
+        *by_name(checks),
+        bounds.rounding(seen.weights, seen.r),
+        *bounds.crossings(seen.atlas, seen.r, n_codes, starts, step),
+        bounds.without_rounding(codes_under(seen.tables), n_codes, starts, step),
+        bounds.attention(chi, seen.contexts, seen.weights),
+        *near_users(seen, chi),
+    ]
+
+
+def near_users(seen: Trained, chi: Array) -> list[Check]:
+    """The corollary for contexts that have gone a little way to those of the next user."""
+    contexts = torch.from_numpy(seen.contexts).float()
+    near = torch.lerp(contexts[:-1], contexts[1:], _NEAR)
+    one, other = (seen.looks(View(x, seen.batch.users[:-1])) for x in (contexts[:-1], near))
+    gaps = np.linalg.norm(array(near - contexts[:-1]), axis=1)
+    checks: list[Check] = []
+    for weights, *codes, gap in zip(one[0], one[1], other[1], gaps, strict=True):
+        checks += bounds.near_users(seen.tables, seen.r, gap * chi, weights, tuple(codes))
+    return by_name(checks)
+
+
+def by_name(checks: list[Check]) -> list[Check]:
+    """Checks of one name as one, in the order in which names first come."""
+    names = dict.fromkeys(check.name for check in checks)
+    return [together([check for check in checks if check.name == name]) for name in names]
 
 
 def together(parts: list[Check]) -> Check:
@@ -141,88 +162,25 @@ def attention_slope(seen: Trained) -> Array:
     return slope
 
 
-# --------------------------------------------------------------------------- the server
-
-
-def followed(seen: Trained, rate: float, margin: float) -> list[tuple[Array, Array]]:
-    """Weights [n + 1, N, M] and personal codes [n + 1, N, L] of users served item by item."""
-    found = []
-    for user in seen.users[:_FOLLOWED]:
-        begin, end = seen.train.offsets[user : user + 2]
-        items = seen.train.items[begin:end]
-        start = SimpleNamespace(items=items[:2], offsets=np.array([0, 2]))
-        # moved by force alone, from the first item on
-        server = Server(seen.model, start, settled=0, p_value=0.0, rate=rate, margin=margin)
-        server.item_ids(0)
-        states = [_look(server, seen.rows)]
-        for item in items[2:]:
-            server.update(0, [int(item)], force=True)
-            states.append(_look(server, seen.rows))
-        weights, codes = zip(*states, strict=True)
-        found.append((np.stack(weights), np.stack(codes)))
-    return found
-
-
-def _look(server: Server, rows: Array) -> tuple[Array, Array]:
-    items = server.states[0].items
-    return shares(array(items.weights).T[rows]), items.codes.numpy()[rows].copy()
-
-
-def updates(seen: Trained, rate: float = 0.5, margin: float = 0.5) -> list[Check]:
-    """Theorem 2: targets as the model asks for them, churn as the server makes it."""
-    targets = seen.targets
-    even = np.full_like(targets[0][0], 1 / targets[0].shape[-1])
-    served = followed(seen, rate, margin)
-    paths = [(bounds.to_grid(weights, seen.r), codes) for weights, codes in served]
-    tracked = [bounds.tracking(t[0], t, 0.3) for t in targets]
-    return [
-        together([bounds.contraction(even[0], t[0, 0], t[:, 0], rate) for t in targets]),
-        together(tracked),
-        together(
-            [bounds.settled(even[:1], t[-1, n], rate, seen.r) for t in targets for n in (0, -1)]
-        ),
-        together([bounds.churn(seen.tables, *path, margin) for path in paths]),
-    ]
-
-
-def consistency(seen: Trained, margin: float = 0.05) -> list[Check]:
-    """Theorem 3 on the server's own states, and its drift test on shuffled histories."""
-    served = followed(seen, 0.5, margin)
-    words = seen.words()[seen.model.own.shared_digits :]
-    kept, shifts, moves = [], [], []
-    for weights, codes in served:
-        kept.append(bounds.fidelity(seen.tables, bounds.to_grid(weights, seen.r), codes, margin))
-        shifts.append(bounds.score_shift(words, seen.states[0], codes[0], codes[-1]))
-        moves.append(bounds.pinsker(weights[:-1], weights[1:]))
-    levels_ = np.array([0.01, 0.05, 0.1, 0.2, 0.5])
-    alarms = bounds.false_alarms(seen.p_values, levels_)
-    return [together(kept), together(shifts), together(moves), alarms]
-
-
-def shuffled_p_values(seen: Trained, rng: np.random.Generator) -> Array:
-    """Of the server's test on histories in random order, where nothing can have drifted."""
-    lengths = np.diff(seen.train.offsets)
-    users = np.flatnonzero(lengths >= 6)
-    if not len(users):
-        raise ValueError("the drift test needs users with at least 6 train interactions")
-    found = []
-    for number, user in enumerate(rng.permutation(users)[:_SHUFFLED]):
-        items = seen.train.items[seen.train.offsets[user] : seen.train.offsets[user + 1]]
-        items = rng.permutation(items)
-        start = SimpleNamespace(items=items[:-1], offsets=np.array([0, len(items) - 1]))
-        server = Server(seen.model, start, permutations=99, seed=number)
-        found.append(server.update(0, [int(items[-1])]).p_value)
-    return np.array(found)
-
-
 # --------------------------------------------------------------------------- codes
 
 
-def digit_scores(seen: Trained) -> tuple[Array, Array, Array]:
-    """Of each user: next train item [B] (0-based), tables [B, L, K] and all codes [B, N, L].
+class Requests(NamedTuple):
+    """What the generator says to the history of each user without its last train item."""
 
-    The history ends before that item.
-    """
+    targets: Array  # [B] that item, 0-based
+    tables: Array  # [B, L, K] scores of code vectors
+    codes: Array  # [B, N, L] of all items, as the user sees them
+    scores: Array  # [B, N] the model's own, without what orders items of equal IDs
+
+    def by_digits(self) -> Array:
+        """Scores of all items as sums of table entries, [B, N]."""
+        users, digits = np.arange(len(self.tables))[:, None, None], np.arange(self.codes.shape[2])
+        return self.tables[users, digits, self.codes].sum(2)
+
+
+def requests(seen: Trained) -> Requests:
+    """One request for each user."""
     ends = seen.train.offsets[seen.users + 1] - 1
     targets = seen.train.items[ends] - 1
     pieces = [
@@ -232,40 +190,46 @@ def digit_scores(seen: Trained) -> tuple[Array, Array, Array]:
     shorter = Sequences(np.concatenate(pieces), offsets, np.zeros(offsets[-1], np.int64))
     batch = seen.histories(np.arange(len(pieces)), shorter)
     batch = batch._replace(users=torch.from_numpy(seen.users))
+    model = seen.model
     with torch.no_grad():
-        states = array(seen.model.last_states(batch))
+        states = array(model.last_states(batch))
+        scores = array(model.score(batch)) - array(model.tie_break())
     tables = np.einsum("bd,lkd->blk", states, seen.words())
-    return targets.astype(np.int64), tables, seen.model.item_ids(batch).numpy()
+    return Requests(targets.astype(np.int64), tables, model.item_ids(batch).numpy(), scores)
 
 
 def prefix_losses(seen: Trained) -> list[Check]:
     """The loss of items told apart by their first p digits only, against its collisions."""
-    targets, tables, codes = digit_scores(seen)
-    users = np.arange(len(tables))[:, None]
-    scores = np.zeros(codes.shape[:2])
+    asked = requests(seen)
+    users = np.arange(len(asked.tables))[:, None]
+    scores = np.zeros(asked.codes.shape[:2])
     checks = []
-    for digit in range(codes.shape[2]):
-        scores = scores + tables[users, digit, codes[:, :, digit]]
-        checks.append(bounds_learning.collisions(scores, targets, codes[:, :, : digit + 1]))
+    for digit in range(asked.codes.shape[2]):
+        scores = scores + asked.tables[users, digit, asked.codes[:, :, digit]]
+        codes = asked.codes[:, :, : digit + 1]
+        checks.append(bounds_learning.collisions(scores, asked.targets, codes))
     return checks
 
 
 def discrimination(seen: Trained, temperature: float = 0.05) -> list[Check]:
-    """Theorem 4: collisions of prefixes; every item against the words of all codes."""
+    """Theorem 4: collisions of prefixes under the learned generator; the rest says how well the
+    quantiser tells items apart, each against the words of all codes, and nothing about training."""
     cosines, codes = discrimination_inputs(seen)
     own = np.arange(len(codes))
+    diameter = float(seen.tables.diameter.max())
+    quantiser = [
+        *bounds_learning.separation(cosines, own, temperature),
+        *bounds_learning.code_distance(cosines, codes, diameter, temperature),
+    ]
     return [
         together(prefix_losses(seen)),
-        *bounds_learning.separation(cosines, own, temperature),
-        *bounds_learning.code_distance(
-            cosines, codes, float(seen.tables.diameter.max()), temperature
-        ),
+        *(check._replace(name=f"{check.name} (quantiser)") for check in quantiser),
     ]
 
 
 def discrimination_inputs(seen: Trained) -> tuple[Array, Array]:
     """Items under even weights: cosines [N, N] with the words of all codes, codes [N, L]."""
-    even = bounds.to_grid(np.where(seen.present, 1 / seen.present.sum(1, keepdims=True), 0), seen.r)
+    even = bounds.to_grid(even_weights(seen.present), seen.r)
     codes = seen.tables.codes(even)
     digits = np.arange(codes.shape[1])
     words = seen.codebooks[digits, codes].transpose(0, 2, 1, 3).reshape(len(codes), -1)
@@ -276,8 +240,9 @@ def discrimination_inputs(seen: Trained) -> tuple[Array, Array]:
 
 
 def retrieval(seen: Trained, rng: np.random.Generator) -> list[Check]:
-    """Theorem 6: memory of the buffers, prefixes, beams and walks over a user's codes."""
-    _, tables, codes = digit_scores(seen)
+    """Theorem 6: the table's scores, memory of the buffers, prefixes, beams and walks."""
+    asked = requests(seen)
+    tables, codes = asked.tables, asked.codes
     shifted = tables - tables.max(2, keepdims=True)  # a digit's normaliser ranks nothing
     logs = shifted - np.log(np.exp(shifted).sum(2, keepdims=True))
     some = codes[0][rng.permutation(codes.shape[1])[:_GRAPH]]
@@ -286,6 +251,7 @@ def retrieval(seen: Trained, rng: np.random.Generator) -> list[Check]:
     graph = np.argsort(-overlap, axis=1, kind="stable")[:, :edges]
     start = rng.integers(len(graph), size=4)
     return [
+        bounds_retrieval.table_scores(asked.by_digits(), asked.scores),
         memory_of(seen),
         bounds_retrieval.colliding_pairs(codes[0], seen.model.own.codes),
         *bounds_retrieval.beam_loss(logs, codes[0], 16),
@@ -306,21 +272,5 @@ def memory_of(seen: Trained) -> Check:
     measured = sum(t.numel() * t.element_size() for t in tensors)
     formula = sum(parts[name] for name in ("codes", "atlas", "words", "latents"))
     per_user = formula + parts["atlas"] * (seen.train.n_users - blends) // blends
-    return Check("bytes of a model", *(np.array([float(x)]) for x in (formula, measured, per_user)))
-
-
-def dial(seen: Trained, margins: Array, rate: float = 0.5) -> dict[str, list[float]]:
-    """Hysteresis turned up, along the weights that the server asks for."""
-    rows = []
-    for margin in map(float, margins):
-        parts = []
-        for wanted in seen.targets:
-            path = bounds.to_grid(bounds.blended(wanted[0], wanted[1:], rate), seen.r)
-            codes = bounds.follow(seen.tables, path, margin)
-            churned = bounds.churn(seen.tables, path, codes, margin)
-            lost = bounds.fidelity(seen.tables, path, codes, margin)
-            pairs = (churned.measured, churned.bound, lost.measured, lost.bound)
-            parts.append([x.mean() for x in pairs])
-        rows.append([margin, *np.mean(parts, axis=0)])
-    names = ("margin", "churn", "churn_bound", "lost", "lost_bound")
-    return dict(zip(names, np.array(rows).T.tolist(), strict=True))
+    name = "bytes of codes, words, latents (arithmetic)"
+    return Check(name, *(np.array([float(x)]) for x in (formula, measured, per_user)))

@@ -126,7 +126,7 @@ def _discrimination(curves: dict[str, Any]) -> Figure:
     second.plot(losses, bound, label=r"bound $\tau\log\,1/(e^{\ell}-1)$", **_BOUND)
     second.axvline(np.log(2), color="0.6", linewidth=0.8)
     second.set_xscale("log")
-    _label(second, "loss and distance to the nearest other item", r"loss $\ell$", "margin (cosine)")
+    _label(second, "items against their own codewords", r"loss $\ell$", "margin (cosine)")
     return figure
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import bounds, bounds_learning, bounds_retrieval
+from experiments import bounds, bounds_learning, bounds_retrieval, bounds_updates
 from experiments.bounds import Array, Check, Tables, make_tables
 
 # theorem -> its checks
@@ -59,7 +59,9 @@ def _drift_of_ids(rng: np.random.Generator) -> list[Check]:
     items, modalities, _ = made.latents.shape
     one = rng.dirichlet(np.ones(modalities), items)
     other = toward(one, rng.dirichlet(np.ones(modalities), items), 0.1)
-    step = np.array([1.0, -1.0] + [0.0] * (modalities - 2)) * 0.05
+    step = np.array([1.0, -1.0] + [0.0] * (modalities - 2)) * 0.01
+    lines = rng.dirichlet(np.ones(modalities), 20)
+    codes = codes_under(made.tables)
     fine = make_instance(rng, modalities=2, digits=4, codes=64, part=1)
     ends = np.array([[0.95, 0.05], [0.05, 0.95]])[:, None].repeat(items, 1)  # [2, N, 2]
     return [
@@ -68,7 +70,8 @@ def _drift_of_ids(rng: np.random.Generator) -> list[Check]:
         bounds.directions(made.latents, one, other, 16),
         bounds.changed_digits(made.tables, one, other),
         bounds.separated_digits(fine.latents, fine.codebooks, *ends),
-        bounds.crossings(codes_under(made.tables), 8, rng.dirichlet(np.ones(modalities), 20), step),
+        *bounds.crossings(codes, 8, 16, lines, step),
+        bounds.without_rounding(codes, 16, lines, step),
     ]
 
 
@@ -78,13 +81,18 @@ def _updates(rng: np.random.Generator) -> list[Check]:
     starts = rng.dirichlet(np.ones(modalities), 50)
     start = rng.dirichlet(np.ones(modalities), len(made.latents))
     targets = np.stack([random_walk(rng, 40, modalities, 0.1) for _ in start], axis=1)
-    path = bounds.to_grid(bounds.blended(start, targets, rate), 64)
+    path = bounds.to_grid(bounds_updates.blended(start, targets, rate), 64)
+    codes = bounds_updates.follow(made.tables, path, 0.3)
+    one, other = (bounds_updates.blended(place, walk[1:], rate) for place in starts[:2])
+    still = np.broadcast_to([0.55, 0.3, 0.15], (30, *starts.shape))
+    resting = bounds_updates.blended(starts, still, rate)
     return [
-        bounds.contraction(starts[0], starts[1], walk, rate),
-        bounds.tracking(starts[0], walk, rate),
-        bounds.averaging(0.5 * np.array([1.0, -1.0, 0.0]), rate, 12),
-        bounds.settled(starts, np.array([0.55, 0.3, 0.15]), rate, 4),
-        bounds.churn(made.tables, path, bounds.follow(made.tables, path, 0.3), 0.3),
+        bounds_updates.contraction(one, other, rate),
+        bounds_updates.tracking(one, walk, rate),
+        bounds_updates.averaging(0.5 * np.array([1.0, -1.0, 0.0]), rate, 12),
+        bounds_updates.settled(resting, still[0], rate, 4),
+        bounds_updates.churn(made.tables, path, codes, 0.3),
+        bounds_updates.travel(made.tables, path, codes, 0.3),
     ]
 
 
@@ -92,24 +100,20 @@ def _consistency(rng: np.random.Generator) -> list[Check]:
     made, margin = make_instance(rng), 0.1
     items, modalities, _ = made.latents.shape
     start, targets = rng.dirichlet(np.ones(modalities), (2, items))
-    path = bounds.to_grid(bounds.blended(start, np.repeat(targets[None], 10, 0), 0.3), 16)
-    codes = bounds.follow(made.tables, path, margin)
-    words = rng.standard_normal((codes.shape[2], 16, 32))
+    path = bounds.to_grid(bounds_updates.blended(start, np.repeat(targets[None], 10, 0), 0.3), 16)
+    codes = bounds_updates.follow(made.tables, path, margin)
+    words, state = rng.standard_normal((codes.shape[2], 16, 32)), rng.standard_normal(32)
+    digits = np.arange(len(words))
+    old, new = (words[digits, kept].sum(1) @ state for kept in (codes[0], codes[-1]))
+    length, shifts = float(np.linalg.norm(state)), np.abs(old - new)
     return [
-        bounds.fidelity(made.tables, path, codes, margin),
-        bounds.score_shift(words, rng.standard_normal(32), codes[0], codes[-1]),
-        bounds.pinsker(start, toward(start, targets, 0.3)),
+        bounds_updates.fidelity(made.tables, path, codes, margin),
+        bounds_updates.score_shift(words, length, shifts, codes[0], codes[-1]),
+        bounds_updates.pinsker(start, toward(start, targets, 0.3)),
     ]
 
 
 def _discrimination(rng: np.random.Generator) -> list[Check]:
-    found = []
-    for _ in range(20):
-        joint = rng.dirichlet(np.full(16, 0.2)).reshape(4, 4) + 1e-9
-        joint /= joint.sum()
-        density = np.log(joint / np.outer(joint.sum(1), joint.sum(0)))
-        found.append(bounds_learning.certified_information(joint, density, 4))
-    certified, information, entropy = np.array(found).T
     anchors = unit(rng.standard_normal((40, 16)))
     keys = unit(anchors + 0.15 * rng.standard_normal(anchors.shape))
     made = make_instance(rng, codes=32)
@@ -118,11 +122,36 @@ def _discrimination(rng: np.random.Generator) -> list[Check]:
     states = rng.standard_normal((30, 8))
     scores = states @ words[np.arange(3), coarse].sum(1).T
     return [
-        Check("information the loss certifies", information, certified, np.log(4)),
-        Check("information of codes", entropy, information, np.log(4)),
+        *_information(rng),
         *bounds_learning.separation(anchors @ keys.T, np.arange(40), 0.1),
         bounds_learning.collisions(scores, scores.argmax(1), np.repeat(coarse[None], 30, 0)),
         *bounds_learning.code_distance(*word_cosines(made, 0.05)),
+    ]
+
+
+def _information(rng: np.random.Generator, keys: int = 4) -> list[Check]:
+    """Of 4 contexts and 6 items with 3 codes, for the best critic, one with noise and noise."""
+    of_items, of_codes = [], []
+    for truth, noise in [(1.0, 0.0), (1.0, 0.5), (0.0, 0.5)] * 8:
+        joint = rng.dirichlet(np.full(24, 0.2)).reshape(4, 6) + 1e-9
+        joint /= joint.sum()
+        codes = rng.permutation([0, 0, 0, 1, 1, 2])
+        coded = bounds_learning.joint_of_codes(joint, codes)
+        sees_items, sees_codes = (
+            truth * np.log(p / np.outer(p.sum(1), p.sum(0))) + noise * rng.standard_normal(p.shape)
+            for p in (joint, coded)
+        )
+        of_items.append(bounds_learning.certified_information(joint, sees_items, keys))
+        of_codes.append(
+            bounds_learning.certified_information(joint, sees_codes[:, codes], keys)[:1]
+            + bounds_learning.certified_information(coded, sees_codes, 1)[1:]
+        )
+    items, codes = np.array(of_items).T, np.array(of_codes).T
+    most = np.log(keys)
+    return [
+        Check("information the loss certifies", items[1], items[0], most),
+        Check("information the loss certifies, codes", codes[1], codes[0], most),
+        Check("information of codes", codes[2], codes[1], np.log(4)),
     ]
 
 
