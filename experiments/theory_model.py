@@ -12,7 +12,6 @@ from experiments import bounds, bounds_learning, bounds_retrieval
 from experiments.bounds import Array, Check, Tables, make_tables
 from experiments.theory_random import codes_under, unit
 from model_parts.base import Batch
-from model_parts.fusion import nearest_grid_point
 from our_models.pmat import PMAT
 from our_models.weights import View
 
@@ -60,7 +59,7 @@ class Trained:
         """Weights [B, N, M] and personal codes [B, N, L] that the model makes of contexts."""
         rows = torch.from_numpy(self.rows)
         weights = self.model.modality_weights(view, rows)  # [M, B, N]
-        codes = self.model.atlas[nearest_grid_point(weights, self.model.grid), rows]
+        codes = self.model.atlas[self.model.blends(view, rows), rows]
         return shares(np.moveaxis(array(weights), 0, -1)), codes.numpy()
 
     def atlas(self, weights: Array) -> Array:

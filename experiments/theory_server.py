@@ -12,8 +12,7 @@ from data_utils import Sequences
 from experiments import bounds_updates
 from experiments.bounds import Array, Check, to_grid
 from experiments.theory_model import Trained, array, by_name, even_weights, shares, together
-from model_parts.drift import detect_drift
-from our_models.serving import Server
+from our_models.serving import Server, detect_drift
 
 # Users followed item by item, shuffled histories, histories of noise.
 _FOLLOWED, _SHUFFLED, _NOISE = 6, 600, 2000

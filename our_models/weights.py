@@ -158,6 +158,10 @@ class PersonalWeights(PersonalTokenizer):
             return self.random_weights(view.users[:, None], rows[None])
         return self.attention(view.context, self.traits[rows], self.present[rows])
 
+    def blends(self, view: View, rows: Tensor) -> Tensor:
+        """Blend under which each of B users sees each of S items, [B, S]."""
+        return nearest_grid_point(self.modality_weights(view, rows), self.grid)
+
     # ----------------------------------------------------------------- IDs
 
     @torch.no_grad()
@@ -171,8 +175,7 @@ class PersonalWeights(PersonalTokenizer):
         if self.own.fusion == "late":
             return self.common_ids().expand(len(batch.users), -1, -1)
         rows = torch.arange(len(self.counts), device=self.counts.device)
-        points = nearest_grid_point(self.modality_weights(self.view(batch), rows), self.grid)
-        return torch.stack([self.ids(p, rows) for p in points])
+        return torch.stack([self.ids(p, rows) for p in self.blends(self.view(batch), rows)])
 
     @torch.no_grad()
     def blend_law(self) -> Tensor:
@@ -183,7 +186,7 @@ class PersonalWeights(PersonalTokenizer):
         rows = rows[:: len(rows) // 500 + 1]
         contexts = self.context_of(self.strangers, self.context)
         view = View(contexts, torch.arange(_STRANGERS, device=rows.device))
-        points = nearest_grid_point(self.modality_weights(view, rows), self.grid)
+        points = self.blends(view, rows)
         return torch.bincount(points.flatten(), minlength=len(self.grid)) / points.numel()
 
     def describe(self) -> dict[str, Any]:
