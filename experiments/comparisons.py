@@ -250,7 +250,7 @@ def id_tables(found: list[Entry]) -> list[Table]:
         "Spearman of code distance and modality-weight distance between users; churn: share of "
         "digits, also of those that all users share, that change with one more item. The last "
         "digit of tiger and cofirec only tells equal IDs apart. Of personal IDs, all but Unique "
-        f"are of {QUALITY_USERS} users at most, one by one. {_over_seeds(having)}Highest Unique, "
+        f"are of {QUALITY_USERS} users at most, one by one. {_over_seeds(having)}highest Unique, "
         "Consistency and Personal bold, second underlined; the others are not ranked."
     )
     return [_facts(having, "id_quality", QUALITY, "ID quality", note)]
@@ -276,10 +276,10 @@ def efficiency_table(found: list[Entry]) -> Table:
         "one request for the 10 best items of 1 and of 64 users, from histories in memory to lists "
         f"in memory, no p99 of fewer than 100 calls; users/s at 64. {_over_seeds(found)}"
         + (
-            "Fastest bold, second underlined."
+            "fastest bold, second underlined."
             if alone
-            else "Rows were measured on different machines, so speed and memory compare nothing "
-            "between them and nothing is bold."
+            else "nothing is bold, since rows were measured on different machines: between them "
+            "speed and memory compare nothing."
         )
     )
     speed = SPEED if alone else tuple(column._replace(best=0) for column in SPEED)

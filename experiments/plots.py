@@ -137,8 +137,8 @@ def ablation_bars(frame: pd.DataFrame, path: Path) -> None:
             axis.grid(axis="y", visible=False)
             axis.tick_params(axis="y", length=0)
         axes[-1, 0].set_xlabel(
-            "NDCG@10, variant minus full model, same seeds; 95 % interval over users; "
-            "filled: p < 0.05 after Holm"
+            "NDCG@10, variant minus full model, same seeds\n"
+            "95 % interval over users; filled: p < 0.05 after Holm"
         )
 
 
