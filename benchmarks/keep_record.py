@@ -73,8 +73,8 @@ def pack(ranks_file: Path, target: Path) -> None:
 
 
 def unpack(record: Path) -> dict[str, np.ndarray]:
-    """Rows of users and both ranks of every target of a record, and, in those since the evening of
-    27 November 2026, a checksum of the target items."""
+    """Rows of users and both ranks of every target of a record, and a checksum of the target items
+    in those made since there is one."""
     with np.load(record / "ranks.npz", allow_pickle=False) as packed:
         masked = packed["masked_twice"] / 2
         checksum = {"targets_crc32": packed["targets_crc32"]} if "targets_crc32" in packed else {}
