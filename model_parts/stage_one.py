@@ -1,4 +1,5 @@
-"""What stages one share: a short training loop, and random numbers that follow from a generator."""
+"""What stages one share: a short training loop, its bar, and random numbers that follow from a
+generator."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 @contextlib.contextmanager
@@ -18,6 +20,11 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda), torch.enable_grad():
         torch.manual_seed(seed)
         yield
+
+
+def counted(steps: int) -> Iterator[int]:
+    """0 .. steps - 1 with a progress bar where somebody watches: stages one can take minutes."""
+    return iter(tqdm(range(steps), "stage one", disable=None, leave=False, mininterval=0.5))
 
 
 def minimise(
@@ -35,7 +42,7 @@ def minimise(
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     network.train()
-    for step in range(steps):
+    for step in counted(steps):
         for group in optimiser.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimiser.zero_grad(set_to_none=True)

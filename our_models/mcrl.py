@@ -32,7 +32,7 @@ from model_parts.contrastive import (
     info_nce,
     one_prefix_each,
 )
-from model_parts.stage_one import seeded
+from model_parts.stage_one import counted, seeded
 from our_models.encoders import ModalityEncoders
 from our_models.pmat import PMAT
 from our_models.weights import View
@@ -178,7 +178,7 @@ class PMATWithMCRL(PMAT):
         optimiser = torch.optim.AdamW(self.mcrl.parameters(), lr=self.mix.stage_one_lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         with seeded(generator):
-            for step in range(steps):
+            for step in counted(steps):
                 self.mcrl.begin_epoch(step * size // len(prefixes), generator)
                 optimiser.zero_grad(set_to_none=True)
                 batch = prefixes.draw(size, generator).to(self.counts.device)
