@@ -24,10 +24,10 @@ from model_parts.stage_one import minimise
 
 # Pull of a vector to its codeword against that of the codeword to the vector (TIGER, LETTER).
 COMMITMENT = 0.25
-# Steps between two looks for codes that nothing uses.
-_REVIVE_EVERY = 50
-# Points that codebooks start from, for each code.
-_START_POINTS = 64
+# Steps between two fits of the codebooks to where the encoder has taken the items.
+_FIT_EVERY = 50
+# Points that codebooks are fitted to, for each code.
+_FIT_POINTS = 64
 
 
 class ResidualQuantiser(nn.Module):
@@ -138,10 +138,10 @@ class RQVAE(nn.Module):
         return self.decoder(chosen_words(self.codebooks, codes).sum(1))
 
     @torch.no_grad()
-    def start(self, points: Tensor, generator: torch.Generator) -> None:
+    def fit_codebooks(self, points: Tensor, generator: torch.Generator) -> None:
         """Codebooks from residual k-means of the latents of points [P, d]."""
         digits, codes, latent = self.codebooks.shape
-        rows = torch.randperm(len(points), generator=generator)[: _START_POINTS * codes]
+        rows = torch.randperm(len(points), generator=generator)[: _FIT_POINTS * codes]
         quantiser = ResidualQuantiser(latent, digits, codes).to(points.device)
         quantiser.fit(self.encoder(points[rows]), generator, n_iterations=10)
         self.codebooks.copy_(quantiser.codebooks)
@@ -173,29 +173,28 @@ def train_autoencoder(
     lr: float = 1e-3,
     extra: Callable[[Tensor, Quantised], Tensor] | None = None,
 ) -> None:
-    """Train on points [P, d] for a number of steps; codes are revived as they die.
+    """Train on points [P, d] for a number of steps.
 
+    Codewords go a step of AdamW at a time, at most lr, and latents run away from them where another
+    loss pulls: codes would then say little of an item. So codebooks are fitted anew by k-means as
+    training goes on, which leaves no code unused either, and at its end.
     `extra(rows [B], latent)` adds to the loss; `latent` is what `quantise` returned for those rows.
     Raises ValueError without points.
     """
     if not len(points):
         raise ValueError("an autoencoder needs at least one item with features in the train part")
-    model.start(points, generator)
-    used = torch.zeros(model.codebooks.shape[:2], dtype=torch.bool, device=points.device)
 
     def loss(step: int) -> Tensor:
+        if step % _FIT_EVERY == 0:
+            model.fit_codebooks(points, generator)
         rows = torch.randint(len(points), (min(batch_size, len(points)),), generator=generator)
         chunk = points[rows]
-        # not in the last steps: a code that has just been moved must find its place
-        if step and step % _REVIVE_EVERY == 0 and step + _REVIVE_EVERY < steps:
-            revive(model.codebooks, used, model.leftovers(chunk), generator)
-            used.zero_()
         latent = model.quantise(model.encoder(chunk))
-        used.scatter_(1, latent.codes.T, True)
         total = F.mse_loss(model.decoder(latent.quantised), chunk) + latent.loss
         return total if extra is None else total + extra(rows.to(points.device), latent)
 
     minimise(model, loss, steps, lr, weight_decay=1e-4)
+    model.fit_codebooks(points, generator)
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ def test_quantising_sums_the_nearest_codewords_of_each_rest() -> None:
 
 def test_gradients_pass_straight_through_and_reach_all_parts() -> None:
     model = autoencoder()
-    model.start(points(), random())
+    model.fit_codebooks(points(), random())
     latents = points(7, 4).requires_grad_()
     (3 * model.quantise(latents).quantised).sum().backward()
     torch.testing.assert_close(latents.grad, torch.full((7, 4), 3.0))
@@ -145,7 +145,7 @@ def test_an_extra_loss_is_minimised_too_and_no_points_are_refused() -> None:
     def distance() -> float:
         return float((model.quantise(model.encoder(data)).quantised - wanted).square().mean())
 
-    model.start(data, random())
+    model.fit_codebooks(data, random())
     before = distance()
     train_autoencoder(model, data, random(), steps=150, lr=1e-2, extra=extra)
     assert distance() < 0.7 * before
@@ -154,7 +154,7 @@ def test_an_extra_loss_is_minimised_too_and_no_points_are_refused() -> None:
 def test_dead_codes_come_back_to_life() -> None:
     model, data = autoencoder(), points()
     with torch.no_grad():
-        model.start(data, random())
+        model.fit_codebooks(data, random())
         model.codebooks[0, 2:] = 1e3  # far from everything
     codes = model.encode(data)
     used = torch.zeros(2, 8, dtype=torch.bool).scatter_(1, codes.T, True)
