@@ -11,6 +11,7 @@ stays one.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -934,7 +935,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def dataset_name(dataset: str) -> str:
     """The name of a data set: the last part of a path."""
-    return Path(dataset).name or dataset
+    return Path(os.path.abspath(dataset)).name or dataset
 
 
 def build_config(
@@ -955,6 +956,8 @@ def build_config(
     name = dataset_name(dataset)
     if name == "mock" != dataset:
         name = ""  # a folder of that name holds something else
+    if dataset == "movielens":
+        name = str(asked.get("data.edition") or dataset)  # as if it were named by its folder
     by_data = MODEL_PRESETS.get(model or str(asked.get("run.model", Run.model)), {})
     presets = DATASET_PRESETS.get(name, {}) | by_data.get("*", {}) | by_data.get(name, {})
     presets |= MODE_DATA_PRESETS.get((mode, name), {})
@@ -976,6 +979,8 @@ def build_config(
 def _check_together(config: Config) -> None:
     if config.run.seed + config.run.seeds - 1 > LAST_SEED:
         raise ConfigError(f"run.seed + run.seeds: no seed may be above {LAST_SEED}.")
+    if not config.data.dataset:
+        raise ConfigError("data.dataset is empty; name mock, amazon, movielens, mmrec or a folder.")
     if not config.mock.dims:
         raise ConfigError("mock.dims wants at least one modality; data.features=none does without.")
     if config.mock.history_max < config.mock.history_min:

@@ -11,7 +11,8 @@ token, made of co-occurrence in train (the paper takes the vectors of a trained 
 `order=fine` turns the levels round. A modality that an item lacks is the zero vector, so that all
 such items share a code; an item without any feature gets random ones.
 Differs: a digit that tells items with equal codes apart comes after all levels (independent levels
-collide more than residual ones); a VQ is a VQ-VAE of a number of steps. Generator: see tiger.py.
+collide more than residual ones); a VQ is a VQ-VAE of a number of steps, its codebook fitted anew
+every 50 of them. Generator: see tiger.py.
 Checked against: Beauty R@10 .0627 / N@10 .0321 (a re-run with 30 beams; the paper's own table could
 not be obtained); seen items not masked.
 """

@@ -81,7 +81,8 @@ def arrange(
 ) -> Arranged:
     """Sort by user and time, drop duplicates, apply min_rating, then k_core.
 
-    With `once` (opinions, not visits) only the first of a user's interactions with an item counts.
+    With `once` (opinions, not visits) only the first of a user's interactions with an item counts,
+    also when min_rating then drops it.
     Users and items are dropped only by k_core; min_rating alone may leave a history empty. Raises
     UserError where nothing remains or min_rating finds no ratings.
     """
@@ -138,7 +139,7 @@ def time_order(raw: Interactions, options: Options) -> np.ndarray:
 
 
 def _duplicates(raw: Interactions, order: np.ndarray) -> np.ndarray:
-    """[R] bool over `order`: the same user, item and timestamp as an earlier row of the file."""
+    """[R] bool over `order`: the same user, item, timestamp and label as an earlier row."""
     repeated = np.zeros(len(order), bool)
     if raw.timestamps is None:
         return repeated  # a repeat is then one more step of the history
@@ -150,8 +151,10 @@ def _duplicates(raw: Interactions, order: np.ndarray) -> np.ndarray:
     tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
     run = np.cumsum(~np.append(False, same))[tied]
     item, row = raw.items[order[tied]], order[tied]
-    by_item = np.lexsort((row, item, run))
-    again = (np.diff(run[by_item]) == 0) & (np.diff(item[by_item]) == 0)
+    # of a row of train and one of test neither repeats the other: the split is the source's
+    label = np.zeros(len(row), np.int8) if raw.labels is None else raw.labels[row]
+    by_item = np.lexsort((row, label, item, run))
+    again = np.all([np.diff(key[by_item]) == 0 for key in (run, item, label)], axis=0)
     repeated[tied[by_item[1:][again]]] = True
     return repeated
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -77,3 +78,18 @@ class Dataset(NamedTuple):
     labels: np.ndarray | None  # [R] int8 TRAIN / VALID / TEST where the source has its own split
     truth: Truth | None  # mock only
     fingerprint: str  # hash of the raw bytes and the reading options
+
+    def checksum(self) -> int:
+        """CRC-32 of what is read: users, items, interactions, splits and features.
+
+        Unlike the fingerprint it stays when files are copied.
+        """
+        sequences, catalogue = self.sequences, self.catalogue
+        parts = [*sequences, self.labels, self.user_ids, catalogue.item_ids]
+        for name in sorted(catalogue.modalities):
+            parts += catalogue.modalities[name]
+        found = 0
+        for part in parts:
+            if part is not None:
+                found = zlib.crc32(np.ascontiguousarray(part).view(np.uint8), found)
+        return found

@@ -19,7 +19,7 @@ import pandas as pd
 from config import MODE_MODELS, build_config, read_yaml, value_of
 from experiments import plots, report
 from experiments.modes import Job, conduct, run_jobs, seeds_of
-from experiments.requests import Request, read_request
+from experiments.requests import Request, resumed_request
 from experiments.runs import CONFIG, Task, load_task, model_class
 from experiments.search import (
     STUDY,
@@ -41,9 +41,8 @@ TUNED = "tuned"  # label of the runs with the best settings
 def hyper(request: Request) -> int:
     """Search, then train and test the best settings; returns the number of failed runs."""
     import_optuna()
-    join = request.config().hyper.join
-    if join:
-        return _join(Path(join))
+    if request.config().hyper.join:
+        return _join(request)
     return conduct(request, models_to_search(request), search_and_test)
 
 
@@ -92,9 +91,10 @@ def _drop_unless_best(folder: Path, best: dict[str, Any]) -> None:
         shutil.rmtree(folder)
 
 
-def _join(folder: Path) -> int:
-    """Work on the trials of a search that somebody else started."""
-    stored = read_request(folder)
+def _join(request: Request) -> int:
+    """Work on the trials of a search that somebody else started, on this machine's terms."""
+    folder = Path(request.config().hyper.join)
+    stored = resumed_request(str(folder), request.without("hyper.join"), "hyper.join=")
     if not (folder / STUDY).exists():
         raise UserError(f"hyper.join={folder}: no search has begun there (no {STUDY}).")
     task = load_task(stored.config())

@@ -8,11 +8,23 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from config import MODE_MODELS, Config, ConfigError, build_config, read_yaml
 from experiments import find_writer
 from experiments.report import read_runs
 from experiments.requests import Request, announce, finish, open_folder, read_request
-from experiments.runs import CONFIG, METRICS, MODELS, Task, load_task, model_class, run
+from experiments.runs import (
+    CONFIG,
+    METRICS,
+    MODELS,
+    RANKS,
+    Task,
+    load_task,
+    model_class,
+    refuse_other_data,
+    run,
+)
 from experiments.training import Stopped, comparable, refuse_other
 from util import UserError, from_first, rank
 
@@ -76,12 +88,13 @@ def rebuild(request: Request) -> int:
         raise UserError("--mode report: name the run folder with --from results/...")
     folder = Path(source)
     stored = read_request(folder)
-    idle = request.flags.keys() - REPORT_FLAGS
+    given = request.overlay | request.flags
+    idle = given.keys() - REPORT_FLAGS
     if idle:
         raise UserError(
             f"--mode report: {min(idle)} is of a run that trains; the run in {folder} is as it is."
         )
-    here = {key: value for key, value in request.flags.items() if key.startswith("data.")}
+    here = {key: value for key, value in given.items() if key.startswith("data.")}
     config = stored._replace(flags=stored.flags | here).config()
     write = find_writer(config.run.mode)
     if write is None:
@@ -97,6 +110,7 @@ def rebuild(request: Request) -> int:
 
 
 def _check_same_data(folder: Path, task: Task) -> None:
+    test = task.split.test
     for made in read_runs(folder):
         sizes = made.result["dataset"]
         found = (task.dataset.sequences.n_users, task.dataset.catalogue.n_items)
@@ -105,6 +119,12 @@ def _check_same_data(folder: Path, task: Task) -> None:
                 f"{made.folder} was made with {sizes['users']} users and {sizes['items']} items, "
                 f"the data set has {found[0]} and {found[1]} now; name the right --data_dir."
             )
+        with np.load(made.folder / RANKS, allow_pickle=False) as stored:
+            if not np.array_equal(stored["targets"], test.items):
+                raise UserError(
+                    f"{made.folder} was tested on other items than are held out now; name the "
+                    "right --data_dir, with files as they were."
+                )
 
 
 # --------------------------------------------------------------------------- how a mode goes
@@ -196,12 +216,13 @@ def run_jobs(request: Request, jobs: list[Job], task: Task, isolate: bool = True
 def run_once(config: Config, seed: int, task: Task, folder: Path, isolate: bool) -> bool:
     """Whether the run of this folder is finished now; with `isolate`, failures are only logged.
 
-    Raises UserError where it was finished with other settings.
+    Raises UserError where it was finished with other settings or on other data.
     """
     config.run.seed = seed
     if from_first((folder / METRICS).exists()):
         made = build_config(overlay=read_yaml(str(folder / CONFIG)))
         refuse_other(folder, comparable(made), comparable(config))
+        refuse_other_data(folder, task)
         return True
     folder.mkdir(parents=True, exist_ok=True)
     label = f" ({config.run.label})" if config.run.label else ""

@@ -48,6 +48,13 @@ class Request(NamedTuple):
                 right = " or ".join(f"--mode {name}" for name in OF_MODES[key])
                 raise UserError(f"{key} belongs to {right}, not to --mode {mode}.")
 
+    def without(self, key: str) -> Request:
+        """The same request with one setting left out."""
+        flags, overlay = (
+            {k: v for k, v in part.items() if k != key} for part in (self.flags, self.overlay)
+        )
+        return self._replace(flags=flags, overlay=overlay)
+
     def models(self, default: tuple[str, ...]) -> tuple[str, ...]:
         """The models the user named, or else `default`."""
         if "run.model" not in self.flags | self.overlay:
@@ -154,10 +161,11 @@ def read_request(folder: Path) -> Request:
         ) from None
 
 
-def resumed_request(folder: str, request: Request) -> Request:
+def resumed_request(folder: str, request: Request, flag: str = "--resume ") -> Request:
     """The stored request of `folder`; the flags given now must not contradict it.
 
-    Where and on what to run (device, log folder) may change. Raises UserError naming the key.
+    Where and on what to run (device, log folder) may change. Raises UserError naming the key and
+    the `flag` that brought the folder in.
     """
     stored = read_request(Path(folder))
     known, given = stored.overlay | stored.flags, request.overlay | request.flags
@@ -168,7 +176,7 @@ def resumed_request(folder: str, request: Request) -> Request:
         if comes_from_presets or before != now:
             shown = "unset" if comes_from_presets else before
             raise UserError(
-                f"--resume {folder}: that run has {key}={shown}, not {now}; leave the flag out or "
+                f"{flag}{folder}: that run has {key}={shown}, not {now}; leave the flag out or "
                 "start a new run."
             )
     kept = {key: value for key, value in request.flags.items() if key in MAY_CHANGE}

@@ -95,7 +95,8 @@ def _bars(found: list[Entry]) -> pd.DataFrame:
         ):  # fmt: skip
             values = entry.users(name, k)
             row[title] = values.mean()
-            row[f"{title} half"] = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+            spread = values.std(ddof=1) if len(values) > 1 else float("nan")
+            row[f"{title} half"] = 1.96 * spread / len(values) ** 0.5
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from functools import partial
 from logging import getLogger
@@ -173,12 +174,29 @@ def list_length(task: Task) -> int:
 def load_trained(folder: Path) -> tuple[Recommender, Config, Task]:
     """The trained model of a run folder, its settings and its data.
 
-    Raises UserError where the folder holds no weights or the data are not where they were.
+    Raises UserError where the folder holds no weights or the data are not what they were.
     """
     if not (folder / BEST).exists():
         raise UserError(f"{folder} is no folder of a trained run: it has no {BEST}.")
     task = load_task(build_config(overlay=read_yaml(str(folder / CONFIG))))
+    refuse_other_data(folder, task)
     return *load_model(folder, task.dataset.catalogue), task
+
+
+def refuse_other_data(folder: Path, task: Task) -> None:
+    """Raise UserError where the run that finished in `folder` saw other data than `task` holds.
+
+    An unfinished run says so when it is resumed; older ones kept no checksum and are let through.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        return
+    made = json.loads(path.read_text(encoding="utf-8"))["dataset"].get("crc32")
+    if made not in (None, task.dataset.checksum()):
+        raise UserError(
+            f"{folder} was made on other data: what is read for {task.dataset.name} has changed "
+            "since; bring the old files back, or start a new run without --resume."
+        )
 
 
 def load_model(folder: Path, catalogue: Any) -> tuple[Recommender, Config]:
@@ -233,6 +251,7 @@ def _result(
             "users": sequences.n_users,
             "items": n_items,
             "interactions": len(sequences.items),
+            "crc32": task.dataset.checksum(),
         },
         "seed": config.run.seed,
         "protocol": {

@@ -117,7 +117,7 @@ class Server:
         self.settled = settled
         self.p_value, self.growth, self.threshold = p_value, growth, threshold
         self.rate, self.margin, self.permutations = rate, margin, permutations
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator()
         self.window = model.window
         self.rows = torch.arange(len(model.counts), device=model.counts.device)
         with torch.no_grad():
@@ -176,6 +176,8 @@ class Server:
         Raises ValueError for items outside the catalogue; nothing is changed then.
         """
         items = [index(item) for item in items]
+        if not items and not force:
+            return NO_DRIFT
         if not all(1 <= item <= len(self.rows) for item in items):
             raise ValueError(f"items are numbered 1 to {len(self.rows)}")
         state = self._of(user)
@@ -186,6 +188,8 @@ class Server:
         state.past = self._appended(state, self.rows.new_tensor(items) - 1)
         length = len(state.history)
         tests = length >= state.due
+        # the same orders are drawn whoever was served before (a hash of numbers is always the same)
+        self.generator.manual_seed(hash((self.seed, index(user), length)) & (2**63 - 1))
         drift = self._detect(state) if tests else NO_DRIFT
         by_divergence, by_chance = drift.divergence > self.threshold, drift.p_value <= self.p_value
         drifted = tests and (by_divergence if self.threshold else by_chance)
@@ -255,6 +259,7 @@ class Server:
         return self.model.atlas[nearest_grid_point(weights, self.model.grid), rows]
 
     def _detect(self, state: _State) -> Drift:
+        # the same orders are drawn whoever was served before, on whichever machine
         start = max(state.start, len(state.history) - self.window)  # bounds the cost
         rows = self.rows.new_tensor(state.history[start:]) - 1
         if self.by == "topics":

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments import runs
-from experiments.runs import load_model, load_ranks
+from experiments.runs import load_model, load_ranks, load_trained
 from main import main
 from metrics import ranking_metrics
 from util import UserError
@@ -53,7 +53,7 @@ def test_quick_writes_a_run_folder_and_prints_a_table(quick, tmp_path, capsys, m
         "environment",
     } <= set(result)  # fmt: skip
     assert result["model"] == model and result["seed"] == 42
-    assert set(result["dataset"]) == {"name", "users", "items", "interactions"}
+    assert set(result["dataset"]) == {"name", "users", "items", "interactions", "crc32"}
     assert result["dataset"]["users"] == 60
     assert result["protocol"]["mask_seen"] is True and result["protocol"]["tie_policy"] == "file"
     wanted = {f"{name}@{k}" for name in ("recall", "ndcg") for k in (5, 10, 20)}
@@ -97,7 +97,9 @@ def test_a_stored_run_loads_again(quick, tmp_path, task):
         load_model(folder, task.dataset.catalogue)
 
 
-def test_a_folder_of_own_data_works(folders, small_flags, tmp_path, write_folder):
+def test_a_folder_of_own_data_works_until_it_changes(
+    folders, small_flags, tmp_path, write_folder, capsys
+):
     histories = {f"u{u}": [f"i{(u + t) % 9}" for t in range(6)] for u in range(20)}
     features = np.random.default_rng(0).standard_normal((9, 5)).astype(np.float32)
     folder = write_folder(tmp_path / "own", histories, text=features)
@@ -106,6 +108,13 @@ def test_a_folder_of_own_data_works(folders, small_flags, tmp_path, write_folder
     (found,) = run_folders(tmp_path)
     assert found.name.startswith("quick_own_")
     assert json.loads((found / "metrics.json").read_text())["dataset"]["interactions"] == 120
+    load_trained(found)
+    np.save(folder / "text.npy", features[::-1])
+    with pytest.raises(UserError, match="made on other data"):
+        load_trained(found)
+    (found / "unfinished").touch()
+    assert main(["--mode", "quick", "--resume", str(found)]) == 2
+    assert "made on other data" in capsys.readouterr().err
 
 
 def test_two_runs_of_one_second_get_two_folders(quick, tmp_path):

@@ -68,6 +68,18 @@ def test_the_presets_of_a_model_in_a_list(presets):
     assert config.train.epochs == 88 and config.run.model == "sasrec"
 
 
+def test_an_edition_has_the_presets_of_its_folder(monkeypatch, tmp_path):
+    wanted = build_config(
+        {"data.dataset": "data/movielens/ml-1m", "run.model": "pmat"}
+    ).pmat.dropout
+    asked = {"data.dataset": "movielens", "run.model": "pmat"}
+    assert build_config(asked).pmat.dropout != wanted
+    assert build_config(asked | {"data.edition": "ml-1m"}).pmat.dropout == wanted
+    (tmp_path / "ml-1m").mkdir()
+    monkeypatch.chdir(tmp_path / "ml-1m")
+    assert build_config(asked | {"data.dataset": "."}).pmat.dropout == wanted
+
+
 def test_every_preset_is_valid():
     for model, by_data in settings.MODEL_PRESETS.items():
         for name in by_data:

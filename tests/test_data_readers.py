@@ -190,6 +190,13 @@ def write_mmrec(path: Path, lines: list[str], rows: int = 4) -> Path:
     return path
 
 
+def test_a_row_of_test_does_not_repeat_one_of_train(tmp_path: Path) -> None:
+    head = "userID\titemID\ttimestamp\tx_label"
+    lines = [head, "5\t0\t1\t0", "5\t1\t2\t0", "5\t1\t2\t0", "5\t1\t2\t2"]
+    data = read_mmrec(write_mmrec(tmp_path / "d", lines))
+    assert data.sequences.of(0).tolist() == [1, 2, 2] and data.labels.tolist() == [0, 0, 2]
+
+
 def test_mmrec_keeps_its_own_split(tmp_path: Path) -> None:
     lines = ["userID\titemID\tx_label", "5\t0\t0", "5\t2\t2", "9\t3\t0", "5\t1\t1", "5\t3\t2"]
     data = read_mmrec(write_mmrec(tmp_path / "d", lines))

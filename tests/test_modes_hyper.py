@@ -207,6 +207,8 @@ def test_another_process_can_help(flags, tmp_path, newest, monkeypatch, trained,
     assert newest(tmp_path) == folder
     assert main([*helper[:3], f"hyper.join={tmp_path}", *helper[4:]]) == 2
     assert "no run folder" in capsys.readouterr().err
+    assert main([*helper, "--lr", "0.5"]) == 2
+    assert f"hyper.join={folder}: that run has train.lr" in capsys.readouterr().err
 
 
 def test_the_owner_waits_for_trials_in_other_hands(tmp_path, mode_flags, task, monkeypatch):

@@ -313,6 +313,18 @@ def test_report_refuses_other_data(baseline_folder, tmp_path, capsys):
     (copy / "request.yaml").write_text(request)
     assert main(["--mode", "report", "--from", str(copy), f"--log_dir={tmp_path}"]) == 2
     assert "60 users" in capsys.readouterr().err
+    request = (copy / "request.yaml").read_text().replace("mock.n_users: 70", "mock.n_users: '60'")
+    (copy / "request.yaml").write_text(request.replace("flags:", "flags:\n  data.seed: 7"))
+    assert main(["--mode", "report", "--from", str(copy), f"--log_dir={tmp_path}"]) == 2
+    assert "tested on other items" in capsys.readouterr().err
+
+
+def test_report_refuses_what_a_config_file_asks_in_vain(baseline_folder, tmp_path, capsys):
+    overlay = tmp_path / "other.yaml"
+    overlay.write_text("train: {lr: 5.0}\n")
+    arguments = ["--mode", "report", "--from", str(baseline_folder), f"--log_dir={tmp_path}"]
+    assert main([*arguments, "--config", str(overlay)]) == 2
+    assert "train.lr is of a run that trains" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- what runs write

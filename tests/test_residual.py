@@ -151,6 +151,20 @@ def test_an_extra_loss_is_minimised_too_and_no_points_are_refused() -> None:
     assert distance() < 0.7 * before
 
 
+def test_codes_follow_latents_that_another_loss_carries_away() -> None:
+    model, data = autoencoder(codes=16), points(400)
+    far = 50 * torch.randn(400, 4, generator=random(3))
+
+    def extra(rows, latent):
+        return (latent.quantised - far[rows]).square().mean()
+
+    train_autoencoder(model, data, random(), steps=90, batch_size=64, lr=1e-2, extra=extra)
+    with torch.no_grad():
+        latents = model.encoder(data)
+        rest = latents - model.quantise(latents).quantised
+    assert rest.square().mean() < 0.35 * latents.var(0).mean()
+
+
 def test_dead_codes_come_back_to_life() -> None:
     model, data = autoencoder(), points()
     with torch.no_grad():

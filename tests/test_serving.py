@@ -134,6 +134,16 @@ def test_user_without_history(serve: Callable[..., Server]) -> None:
 # ---- updates -----------------------------------------------------------------------------------
 
 
+def test_a_test_does_not_depend_on_who_was_served_before(serve: Callable[..., Server]) -> None:
+    found = []
+    for order in ((0, 1, 2), (2, 1, 0)):
+        server = serve(growth=1.0)
+        assert server.update(0, []) == NO_DRIFT  # nothing new, nothing to test
+        found.append({user: server.update(user, unlike(server, user)).p_value for user in order})
+    assert found[0] == found[1]
+    assert any(p < 1 for p in found[0].values())
+
+
 @pytest.mark.parametrize("name", list(MODELS))
 def test_full_step_is_a_full_recomputation(serve: Callable[..., Server], name: str) -> None:
     server = serve(name, rate=1.0, margin=0.0)
