@@ -14,9 +14,9 @@ features are all modalities, up to 128 whitened components each beside half as m
 so that with several modalities a context weighs less than beside the paper's one text; an item that
 train lacks gets the mean context; digits as in tiger.py; beams only go on to IDs that exist and
 votes are counted by item (the official code lets an item appear twice and counts beams that are no
-item); the number of votes is that of beams, not ten, and there is a vote on valid, too; random readings repeat for equal histories, so
-that scores do; dropout is the same everywhere in the context encoder and training is by steps; no
-end token.
+item); the number of votes is that of beams, not ten, and there is a vote on valid, too; random
+readings repeat for equal histories, so that scores do; dropout is the same everywhere in the
+context encoder and training is by steps; no end token.
 Checked against: no number for Beauty 2014 by the authors (a re-run has R@10 .0737 / N@10 .0405,
 masked, 30 beams); the published gain over TIGER is 9 to 16 % N@10 on Amazon 2023, so compare with
 TIGER of this project. Random IDs instead of those of the context cost the authors 3 to 5 %.

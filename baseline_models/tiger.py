@@ -13,8 +13,8 @@ is predicted among its own codes, in the presets among those with which an ID th
 (`among`, model_parts/generative.py), and no end token is written, since all IDs are equally long;
 no user token by default (`user_tokens=2000` as in the paper; GRID found none to be best); the
 RQ-VAE is trained for a number of steps on standardised components with AdamW, codebooks are fitted
-anew every 50 of them (with the paper's Adagrad on raw unit vectors it collapsed in re-runs); items without
-features get random codes.
+anew every 50 of them (with the paper's Adagrad on raw unit vectors it collapsed in re-runs); items
+without features get random codes.
 Checked against: Beauty R@10 .0648 / N@10 .0384 (paper), .0698 / .0385 (RecBoard, residual k-means);
 seen items not masked.
 """
