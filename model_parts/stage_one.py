@@ -1,15 +1,18 @@
-"""What stages one share: a short training loop, its bar, and random numbers that follow from a
-generator."""
+"""What stages one share: a short training loop that says where it is, and random numbers that
+follow from a generator."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator
+from logging import getLogger
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+
+logger = getLogger("pmat")
 
 
 @contextlib.contextmanager
@@ -23,8 +26,13 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
 
 
 def counted(steps: int) -> Iterator[int]:
-    """0 .. steps - 1 with a progress bar where somebody watches: stages one can take minutes."""
-    return iter(tqdm(range(steps), "stage one", disable=None, leave=False, mininterval=0.5))
+    """0 .. steps - 1; once a minute the log says where it is, as stages one can take several."""
+    said = time.monotonic()
+    for step in range(steps):
+        if time.monotonic() - said > 60:
+            said = time.monotonic()
+            logger.info("stage one: step %d of %d", step, steps)
+        yield step
 
 
 def minimise(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from model_parts.stage_one import minimise, seeded
+from model_parts.stage_one import counted, minimise, seeded
 
 
 def test_random_numbers_follow_from_the_generator_and_nothing_else_changes() -> None:
@@ -44,3 +44,11 @@ def test_a_loss_that_is_not_finite_is_said_with_its_step() -> None:
     layer = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="not finite at step 3"):
         minimise(layer, lambda step: layer.weight.sum() / (2 - step), 10, lr=0.1)
+
+
+def test_a_long_stage_says_where_it_is(monkeypatch, caplog):
+    now = iter(range(0, 10_000, 25))
+    monkeypatch.setattr("model_parts.stage_one.time.monotonic", lambda: next(now))
+    with caplog.at_level("INFO", logger="pmat"):
+        assert list(counted(8)) == list(range(8))
+    assert caplog.messages and caplog.messages[0].startswith("stage one: step 2 of 8")
