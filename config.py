@@ -956,10 +956,11 @@ def build_config(
     name = dataset_name(dataset)
     if name == "mock" != dataset:
         name = ""  # a folder of that name holds something else
-    if dataset == "movielens":
-        name = str(asked.get("data.edition") or dataset)  # as if it were named by its folder
     by_data = MODEL_PRESETS.get(model or str(asked.get("run.model", Run.model)), {})
-    presets = DATASET_PRESETS.get(name, {}) | by_data.get("*", {}) | by_data.get(name, {})
+    # an edition has the presets of the folder it is unpacked to
+    edition = asked.get("data.edition") if dataset == "movielens" else None
+    presets = DATASET_PRESETS.get(name, {}) | by_data.get("*", {})
+    presets |= by_data.get(str(edition or name), {})
     presets |= MODE_DATA_PRESETS.get((mode, name), {})
     config = Config()
     check_defaults(config, "config.py")

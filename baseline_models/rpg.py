@@ -9,11 +9,11 @@ the walk on the item graph. Size at the paper's setting (m 32, d 448): 13,581,82
 Differs: PCA too is fitted on train items; k-means restarts empty clusters, where faiss splits large
 ones; an item without text gets random codes, since the mean vector would give all of them one ID;
 an item is always its own neighbour in the graph; the walk starts from the same random items for
-every user; scores cover the last candidates of the walk and not only its beam; token vectors start
-as their codewords (`start_from_codewords`), at random in the paper; all modalities by default, each
-whitened by itself (`features=text` is the paper's). Long histories: the loop cuts the windows, see
-experiments. No item id is treated as an end of sequence (the official
-evaluator loses one item that way).
+every user; scores cover the last candidates of the walk and not only its beam; in the presets token
+vectors start as their codewords (`start_from_codewords`), at random in the paper; all modalities by
+default, each whitened by itself (`features=text` is the paper's). Long histories: the loop cuts the
+windows, see experiments. No item id is treated as an end of sequence (the official evaluator loses
+one item that way).
 Checked against: Beauty R@10 .0757 / N@10 .0436 with sentence-T5 features (ACERec's re-run), .0787 /
 .0452 with the authors' OpenAI features and exact scoring; seen items not masked in either.
 """

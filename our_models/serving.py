@@ -176,11 +176,11 @@ class Server:
         Raises ValueError for items outside the catalogue; nothing is changed then.
         """
         items = [index(item) for item in items]
-        if not items and not force:
-            return NO_DRIFT
         if not all(1 <= item <= len(self.rows) for item in items):
             raise ValueError(f"items are numbered 1 to {len(self.rows)}")
         state = self._of(user)
+        if not items and not force:
+            return NO_DRIFT
         if len(state.history) < self.settled:
             self.states[index(user)] = self._fresh(user, state.history + items)
             return NO_DRIFT
@@ -259,7 +259,6 @@ class Server:
         return self.model.atlas[nearest_grid_point(weights, self.model.grid), rows]
 
     def _detect(self, state: _State) -> Drift:
-        # the same orders are drawn whoever was served before, on whichever machine
         start = max(state.start, len(state.history) - self.window)  # bounds the cost
         rows = self.rows.new_tensor(state.history[start:]) - 1
         if self.by == "topics":

@@ -75,6 +75,7 @@ def test_an_edition_has_the_presets_of_its_folder(monkeypatch, tmp_path):
     asked = {"data.dataset": "movielens", "run.model": "pmat"}
     assert build_config(asked).pmat.dropout != wanted
     assert build_config(asked | {"data.edition": "ml-1m"}).pmat.dropout == wanted
+    assert build_config(asked | {"data.edition": "ml-10m"}).data.k_core == 5
     (tmp_path / "ml-1m").mkdir()
     monkeypatch.chdir(tmp_path / "ml-1m")
     assert build_config(asked | {"data.dataset": "."}).pmat.dropout == wanted
