@@ -106,10 +106,16 @@ class ModalityEncoders(Recommender):
         self.quantiser.fit(blends[blends.flatten(1).norm(dim=1) > 0], generator, n_iterations=5)
 
     def encoded(self, rows: Tensor) -> Tensor:
-        """z of items [P] in each modality, [P, M, z]: unit length, zero where missing."""
-        inputs = self.inputs[rows]
-        parts = [x + encode(x) for x, encode in zip(inputs.unbind(1), self.encoders, strict=True)]
-        return F.normalize(torch.stack(parts, dim=1), dim=2) * self.present[rows][..., None]
+        """z of items [...] in each modality, [..., M, z]: unit length, zero where missing."""
+        distinct, place = rows.unique(return_inverse=True)  # many histories share their items
+        parts = [self.encoded_in(m, distinct) for m in range(len(self.encoders))]
+        vectors = torch.stack(parts, dim=1)
+        return F.embedding(place, vectors.flatten(1)).unflatten(-1, vectors.shape[1:])
+
+    def encoded_in(self, m: int, rows: Tensor) -> Tensor:
+        """The same in modality m alone, [P] -> [P, z]."""
+        inputs = self.inputs[rows, m]
+        return F.normalize(inputs + self.encoders[m](inputs), dim=1) * self.present[rows, m, None]
 
     @torch.no_grad()
     def _words(self, blends: Tensor) -> Tensor:
@@ -122,10 +128,8 @@ class ModalityEncoders(Recommender):
     def users(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Query q_u [B, M, z] and modality weights alpha_u [B, M] of the histories."""
         seen = batch.items > 0
-        latents = batch.items.new_zeros(*batch.items.shape, 1, 1).float()
-        latents = latents.expand(-1, -1, *self.inputs.shape[1:]).clone()  # [B, T, M, z]
-        latents[seen] = self.encoded(batch.items[seen] - 1)
         rows = (batch.items - 1).clamp(min=0)
+        latents = self.encoded(rows) * seen[:, :, None, None]  # [B, T, M, z]
         # of the features: encoders bring a user's items together, and then every user would look
         # coherent in the modality that lets itself be bent most
         has = self.present[rows] & seen[:, :, None]

@@ -93,7 +93,7 @@ class MCRL(ModalityEncoders):
             logits = logits - (self.counts[rows] + 1).log()  # popular items are drawn more often
             parts["user"] = weight.user * self.user_level(logits, own, similar, forbidden)
         if weight.intra:
-            parts["intra"] = weight.intra * self.intra_level(self.encoded, rows)
+            parts["intra"] = weight.intra * self.intra_level(self.encoded_in, rows)
         if weight.inter:
             shared = self.inter_level(items, self.shared, rows)
             parts["inter"] = weight.inter * shared
@@ -108,19 +108,17 @@ class MCRL(ModalityEncoders):
         )
 
     def intra_level(self, vectors: Any, rows: Tensor) -> Tensor:
-        """Items with a feature neighbour, modality by modality; vectors(rows) -> [B, M, d]."""
+        """Items with a feature neighbour, modality by modality; vectors(m, rows) -> [B, d]."""
         k = self.neighbours.shape[2]
-        anchors, losses = vectors(rows), []
+        losses = []
         for m in range(self.neighbours.shape[0]):
             near = self.neighbours[m][rows]  # [B, k]
             partners = near.gather(1, torch.randint(k, (len(rows), 1), device=rows.device))[:, 0]
             # neither the anchor itself nor any of its neighbours is a negative
             related = (rows[:, None] == rows) | (rows[:, None] == partners)
-            for column in near.T:
-                related = related | (column[:, None] == partners)
-            known = self.present[rows, m].float()
-            others = vectors(partners)[:, m]
-            losses.append(aligned(anchors[:, m], others, related, self.own.temperature, known))
+            related = related | (near[:, :, None] == partners).any(1)
+            known, pair = self.present[rows, m].float(), (vectors(m, rows), vectors(m, partners))
+            losses.append(aligned(*pair, related, self.own.temperature, known))
         return torch.stack(losses).mean()
 
     def inter_level(self, items: Tensor, projections: nn.ModuleList, rows: Tensor) -> Tensor:
@@ -206,7 +204,7 @@ class PMATWithMCRL(PMAT):
             logits = logits - (self.counts[rows] + 1).log()
             parts["user"] = self.mix.user * self.mcrl.user_level(logits, own, similar, forbidden)
         if self.mix.intra:
-            parts["intra"] = self.mix.intra * self.mcrl.intra_level(self.pure_vectors, rows)
+            parts["intra"] = self.mix.intra * self.mcrl.intra_level(self.pure_vectors_in, rows)
         if self.mix.inter:
             shared = self.mcrl.inter_level(self.pure_vectors(rows), self.shared, rows)
             parts["inter"] = self.mix.inter * shared
@@ -222,8 +220,11 @@ class PMATWithMCRL(PMAT):
 
     def pure_vectors(self, rows: Tensor) -> Tensor:
         """ID representations of items under each modality alone, [P, M, d]."""
+        modalities = range(self.latents.shape[1])
+        return torch.stack([self.pure_vectors_in(m, rows) for m in modalities], dim=1)
+
+    def pure_vectors_in(self, m: int, rows: Tensor) -> Tensor:
+        """The same under modality m alone, [P, d]."""
         if self.own.fusion == "late":  # a modality has digits of its own
-            return self.every_personal_vector(rows).transpose(0, 1)
-        return torch.stack(
-            [self.personal_vectors(g.expand(len(rows)), rows) for g in self.corners], 1
-        )
+            return self.every_personal_vector(rows)[m]
+        return self.personal_vectors(self.corners[m].expand(len(rows)), rows)
