@@ -89,6 +89,7 @@ class Search:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             self.study = open_study(folder, model)
+            self._refuse_other_data()
             self._start_with_preset()
 
     def work(self, wait: bool) -> None:
@@ -101,6 +102,17 @@ class Search:
                 time.sleep(POLL_SECONDS)
             else:
                 return
+
+    def _refuse_other_data(self) -> None:
+        # trials on other data would be compared as if they were on these
+        here, made = self.task.dataset.checksum(), self.study.user_attrs.get("data")
+        if made is None and not self.study.trials:
+            self.study.set_user_attr("data", here)
+        elif made not in (None, here):
+            raise UserError(
+                f"{self.folder}: the trials of {self.model} were made on other data: what is read "
+                f"for {self.task.dataset.name} has changed since; start a new search."
+            )
 
     def _start_with_preset(self) -> None:
         values = {key: value_of(self.config, key) for key in self.space}

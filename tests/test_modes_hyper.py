@@ -19,7 +19,7 @@ from experiments.runs import Task, model_class
 from experiments.search import Pruned, Search, best_changes, open_study, without_test
 from experiments.training import LATEST, Trainer
 from main import main
-from util import claim
+from util import UserError, claim
 
 optuna = pytest.importorskip("optuna")
 SPACE = {
@@ -319,6 +319,16 @@ def test_settings_of_the_command_are_not_searched(tmp_path, mode_flags, task):
     plan = Search(request, task, tmp_path, "sasrec")._next()
     assert set(plan.changes) == {"sasrec.dropout", "train.warmup_steps"}
     assert request.config("sasrec", plan.changes).train.clip == 0.7
+
+
+def test_trials_on_other_data_are_not_mixed(tmp_path, mode_flags, task):
+    Search(asked(mode_flags), task, tmp_path, "sasrec")
+    Search(asked(mode_flags), task, tmp_path, "sasrec")  # the same again is welcome
+    items = task.dataset.sequences.items.copy()
+    items[0] = items[0] % 50 + 1
+    dataset = task.dataset._replace(sequences=task.dataset.sequences._replace(items=items))
+    with pytest.raises(UserError, match="made on other data"):
+        Search(asked(mode_flags), Task(dataset, split_dataset(dataset)), tmp_path, "sasrec")
 
 
 def test_a_missing_package_is_one_sentence(flags, monkeypatch, capsys, tmp_path):
