@@ -54,10 +54,12 @@ def _by_gaps(task: Task, histories: Sequences, users: np.ndarray) -> dict[str, n
     parts = [part.present for part in task.dataset.catalogue.modalities.values()]
     if not parts:
         return {}
-    missing = 1 - np.stack(parts).mean(0)  # [N] share of modalities an item lacks
-    sums = np.concatenate([[0.0], np.cumsum(missing[histories.items - 1])])
-    gaps = np.diff(sums[histories.offsets])[users] / np.maximum(histories.lengths[users], 1)
-    if gaps.max(initial=0) < 1e-9:
+    # [N] modalities an item lacks: whole numbers, or equal shares would differ in the last bit
+    missing = (~np.stack(parts)).sum(0)
+    sums = np.concatenate([[0], np.cumsum(missing[histories.items - 1])])
+    wanted = len(parts) * np.maximum(histories.lengths[users], 1)
+    gaps = np.diff(sums[histories.offsets])[users] / wanted
+    if not gaps.any():
         return {}
     limit = np.quantile(gaps, 0.75)
     whole = gaps <= np.quantile(gaps, 0.25)

@@ -19,8 +19,8 @@ from util import atomic_path, write_json
 
 logger = getLogger("pmat")
 ALONE, JOINT = "pmat", "pmat_mcrl"
-# model -> how its checkpoint is called
 _SHOWN = ("recall@10", "ndcg@10")
+# model -> how its checkpoint is called
 CHECKPOINTS = {ALONE: "MCRL_Exp_PMAT_only", JOINT: "MCRL_Exp_PMAT_MCRL_joint"}
 
 

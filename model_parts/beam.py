@@ -2,7 +2,6 @@
 
     beams = beam_search(decoder, trie, width)        width: a number, or one for each user [B]
     trie.item_scores(beams.leaves, beams.scores)     [B, N]
-    best_items(scores [B, N], k)                     items and log-probabilities, best first
 
 A decoder has two methods: `start()` returns log-probabilities of the first digit [B, 1, K], and
 `advance(parents [B, W], codes [B, W])` those of the next one [B, W, K] after beam w went on from
@@ -16,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from model_parts.trie import NOT_FOUND, Trie
+from model_parts.trie import Trie
 
 
 class Decoder(Protocol):
@@ -61,15 +60,19 @@ def beam_search(decoder: Decoder, trie: Trie, width: int | Tensor, existing: boo
         # a beam that led nowhere has score -inf and must still point at something
         nodes = nodes.clamp(max=trie.levels[level].n_children - 1)
         if level < last:
-            table = decoder.advance(parents, options.codes.flatten(1).gather(1, chosen))
+            codes = options.codes.flatten(1).gather(1, chosen)
+            if existing and level == last - 1:
+                table = _last_digit(decoder, parents, codes, trie.levels[last].counts[nodes] > 1)
+            else:
+                table = decoder.advance(parents, codes)
     return Beams(nodes, scores)
 
 
-def best_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores [B, N] -> items [B, k] (1..N, best first) and their log-probabilities.
-
-    Item 0 with log-probability -inf stands where the search found fewer than k items.
-    """
-    values, rows = scores.topk(min(k, scores.shape[1]), dim=1)
-    missing = values <= NOT_FOUND
-    return (rows + 1).masked_fill(missing, 0), values.masked_fill(missing, float("-inf"))
+def _last_digit(decoder: Decoder, parents: Tensor, codes: Tensor, open_ends: Tensor) -> Tensor:
+    """`advance` where a beam has a choice left, `open_ends` [B, W]; 0 elsewhere, since of one
+    digit that exists the probability is 1. Only the last digit may leave beams out."""
+    most = max(int(open_ends.sum(1).max()), 1)
+    columns = open_ends.int().argsort(dim=1, descending=True)[:, :most]
+    found = decoder.advance(parents.gather(1, columns), codes.gather(1, columns))
+    table = found.new_zeros(*parents.shape, found.shape[2])
+    return table.scatter_(1, columns[:, :, None].expand_as(found), found)

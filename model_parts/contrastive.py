@@ -46,7 +46,7 @@ def aligned(
     same item, or one that is as good a partner. Rows with counts 0 lack a form: they are no anchors
     and no negatives.
     """
-    logits = _cosines(one, other) / temperature
+    logits = cosines(one, other) / temperature
     absent = (counts == 0)[None]
     own = torch.arange(len(one), device=one.device)
     there = info_nce(logits, own, related | absent, counts)
@@ -60,11 +60,11 @@ def row_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     """
     if not len(one):
         return one.sum()
-    logits = _cosines(one, other) / temperature
+    logits = cosines(one, other) / temperature
     return info_nce(logits, torch.arange(len(one), device=one.device))
 
 
-def _cosines(one: Tensor, other: Tensor) -> Tensor:
+def cosines(one: Tensor, other: Tensor) -> Tensor:
     """[B, d], [S, d] -> [B, S], in float32 also under autocast: a small temperature would make
     much of what bf16 rounds off."""
     with torch.autocast(one.device.type, enabled=False):

@@ -146,9 +146,11 @@ class ModalityEncoders(Recommender):
         return query, alpha
 
     def _cosines(self, query: Tensor, items: Tensor) -> Tensor:
-        # of queries [B, M, z] with items [S, M, z], over the temperature
-        query = F.normalize(query.flatten(1), dim=1)
-        return query @ items.flatten(1).T / self.own.temperature
+        # of queries [B, M, z] with items [S, M, z] as long as they are, over the temperature, which
+        # would make much of what bf16 rounds off
+        with torch.autocast(query.device.type, enabled=False):
+            query = F.normalize(query.flatten(1).float(), dim=1)
+            return query @ items.flatten(1).float().T / self.own.temperature
 
     # ----------------------------------------------------------------- items
 

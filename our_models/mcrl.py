@@ -29,6 +29,7 @@ from model_parts.base import Batch, TrainingData
 from model_parts.contrastive import (
     RandomPrefixes,
     aligned,
+    cosines,
     info_nce,
     one_prefix_each,
 )
@@ -51,7 +52,7 @@ def sample_positive_negative_ids(
     """
     rows = batch.targets.max(dim=1).values - 1
     own = torch.arange(len(rows), device=rows.device)
-    alike = F.normalize(profiles, dim=1) @ F.normalize(profiles, dim=1).T
+    alike = cosines(profiles, profiles)
     one_user = batch.users[:, None] == batch.users[None]
     similar = alike.masked_fill(one_user, float("-inf")).argmax(1).where(~one_user.all(1), own)
     in_history = (batch.items[:, :, None] == rows[None, None] + 1).any(1)
@@ -226,5 +227,5 @@ class PMATWithMCRL(PMAT):
     def pure_vectors_in(self, m: int, rows: Tensor) -> Tensor:
         """The same under modality m alone, [P, d]."""
         if self.own.fusion == "late":  # a modality has digits of its own
-            return self.every_personal_vector(rows)[m]
+            return self.personal_vectors_in(m, rows)
         return self.personal_vectors(self.corners[m].expand(len(rows)), rows)

@@ -123,11 +123,15 @@ class PMAT(PersonalWeights):
 
     def every_personal_vector(self, rows: Tensor) -> Tensor:
         """The same under all blends, [G, S, d]; with late weights, in each modality, [M, S, d]."""
-        codes = self.atlas[:, rows]  # [G or M, S, L]
         if self.own.fusion == "late":
-            firsts = self.own.shared_digits + codes.shape[2] * torch.arange(len(codes))
-            return torch.stack([self._sum(c, int(f)) for c, f in zip(codes, firsts, strict=True)])
+            return torch.stack([self.personal_vectors_in(m, rows) for m in range(len(self.atlas))])
+        codes = self.atlas[:, rows]  # [G, S, L]
         return self._sum(codes.flatten(0, 1), self.own.shared_digits).view(*codes.shape[:2], -1)
+
+    def personal_vectors_in(self, m: int, rows: Tensor) -> Tensor:
+        """With late weights, the sum over the digits of modality m, [S] -> [S, d]."""
+        codes = self.atlas[m, rows]  # [S, L]
+        return self._sum(codes, self.own.shared_digits + m * codes.shape[1])
 
     def _sum(self, codes: Tensor, first_digit: int) -> Tensor:
         if not codes.shape[1]:

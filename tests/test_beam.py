@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model_parts.base import Batch
-from model_parts.beam import beam_search, best_items
+from model_parts.beam import beam_search
 from model_parts.generative import DecoderRecommender, Seq2SeqRecommender
 from model_parts.trie import NOT_FOUND, Trie
 
@@ -142,13 +142,35 @@ def test_only_items_that_exist_are_found_and_the_rest_say_so() -> None:
     trie, decoder = Trie(codes, all_owners(codes), 3), Table(2, 2, 5)
     beams = beam_search(decoder, trie, width=1)  # one ID a user
     scores = trie.item_scores(beams.leaves, beams.scores)
-    items, values = best_items(scores, 3)
     for user in range(2):
-        assert set(items[user, 1:].tolist()) == {0} and values[user, 1:].isinf().all()
-        winner = int(items[user, 0]) - 1
-        assert scores[user].argmax() == winner
-        torch.testing.assert_close(values[user, 0], decoder.exact(codes)[user, winner])
+        winner = scores[user].argmax()
+        torch.testing.assert_close(scores[user, winner], decoder.exact(codes)[user, winner])
         assert (scores[user] == NOT_FOUND).sum() == 2
+
+
+@quick
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10_000))
+def test_a_full_beam_among_existing_ids_equals_brute_force(n, digits, n_codes, seed) -> None:
+    codes = some_codes(n, digits, n_codes, seed)
+    trie, decoder = Trie(codes, all_owners(codes), n), Table(3, digits, n_codes)
+    beams = beam_search(decoder, trie, width=10_000, existing=True)
+    allowed = trie.allowed(codes, n_codes)  # [L, N, K]
+    wanted, prefix = 0.0, torch.zeros(n, dtype=torch.int64)
+    for digit, table in enumerate(decoder.tables):
+        given_it_exists = table[:, prefix].masked_fill(~allowed[digit], float("-inf"))
+        own = codes[None, :, digit, None].expand(3, -1, 1)
+        wanted = wanted + given_it_exists.log_softmax(2).gather(2, own)[..., 0]
+        prefix = prefix * n_codes + codes[:, digit]
+    torch.testing.assert_close(trie.item_scores(beams.leaves, beams.scores), wanted)
+
+
+def test_the_last_digit_is_asked_for_where_there_is_a_choice_alone() -> None:
+    codes = torch.tensor([[0, 0], [0, 1], [1, 2], [2, 0], [3, 3]])
+    decoder, asked = Table(2, 2, 5), []
+    advance = decoder.advance
+    decoder.advance = lambda parents, codes: asked.append(codes) or advance(parents, codes)
+    beam_search(decoder, Trie(codes, all_owners(codes), 5), width=4, existing=True)
+    assert [codes.tolist() for codes in asked] == [[[0], [0]]]
 
 
 def test_probabilities_of_an_items_ids_add_up() -> None:

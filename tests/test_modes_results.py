@@ -391,10 +391,12 @@ def test_groups_by_hand(task):
     assert np.array_equal(groups[short], histories.lengths <= limit)
     (gaps,) = (name for name in groups if name.startswith("modalities missing ("))
     missing = [part.present for part in task.dataset.catalogue.modalities.values()]
-    share = 1 - np.mean(missing, axis=0)
-    mean = np.array([share[histories.of(user) - 1].mean() for user in users])
-    assert mean[groups[gaps]].min() >= np.quantile(mean, 0.75) - 1e-9
-    assert mean[groups["modalities missing least"]].max() <= np.quantile(mean, 0.25) + 1e-9
+    lacks = (~np.stack(missing)).sum(0)
+    mean = np.array(
+        [lacks[histories.of(user) - 1].sum() / histories.lengths[user] for user in users]
+    )
+    assert np.array_equal(groups[gaps], mean >= np.quantile(mean, 0.75))
+    assert np.array_equal(groups["modalities missing least"], mean <= np.quantile(mean, 0.25))
     truth = task.dataset.truth
     assert np.array_equal(groups["planted: drifts"], truth.drift_steps >= 0)
     assert not (groups["planted: visual, never drifts"] & groups["planted: drifts"]).any()
