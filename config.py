@@ -47,7 +47,7 @@ class Run:
     device: str = choice("auto", ("auto", "cpu", "cuda"), "auto takes a GPU when there is one")
     seed: int = number(42, 0, LAST_SEED, "first random seed")
     seeds: int = number(1, 1, 100, "runs per model, with seeds seed, seed+1, ...")
-    label: str = setting("", "what tables call the run; mode ablation sets it (empty: the model)")
+    label: str = setting("", "which variant of the model a run is; modes set it (empty: none)")
     source: str = setting("", "mode report: the run folder whose tables and figures to rebuild")
     save_dir: str = setting("./results", "folder of the run folders")
     log_dir: str = setting("./logs", "folder of experiment.log")
@@ -140,7 +140,7 @@ class Full:
     size_seconds: float = number(
         20.0, 0.0, 1e6, "stop after a catalogue size that took longer to prepare"
     )
-    case_users: int = number(3, 1, 100, "users of the case study")
+    case_users: int = number(3, 1, 100, "users of the case study, at least; one for each modality")
 
 
 # --------------------------------------------------------------------------- models

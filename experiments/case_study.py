@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ HISTORY, LISTED = 5, 5  # items shown of a history and of a list
 
 
 def write_case_study(found: list[Entry], task: Task, folder: Path) -> None:
-    """`case_study.json` for our best model that weighs modalities by user; none, no file."""
+    """`case_study.json` for our best model, on valid, that weighs modalities by user; none, no
+    file. Of users there are `full.case_users`, or more where there are more modalities."""
     ours = [entry for entry in found if entry.model in our_models.MODELS]
-    for entry in sorted(ours, key=lambda e: -e.users().mean()):
+    for entry in sorted(ours, key=_on_valid, reverse=True):
         place = entry.runs[0].folder
         if not (place / BEST).exists():
             continue
@@ -35,10 +37,15 @@ def write_case_study(found: list[Entry], task: Task, folder: Path) -> None:
         users = np.flatnonzero(histories.lengths > 0)
         weights = modality_weights(model, histories, users, config)
         if weights is not None:
-            users = extreme_users(users, weights)[: config.full.case_users]
+            shown = max(config.full.case_users, weights.shape[1])
+            users = extreme_users(users, weights)[:shown]
             said = {"protocol": protocol(entry.runs[:1])}
             write_json(folder / CASES, said | _cases(model, config, task, users))
             return
+
+
+def _on_valid(entry: Entry) -> float:
+    return float(np.mean([run.result["valid"]["ndcg@10"] for run in entry.runs]))
 
 
 @torch.inference_mode()
@@ -53,8 +60,9 @@ def _cases(model: Recommender, config: Config, task: Task, users: np.ndarray) ->
         cases.append(_case(model, config, task, user) | {"weights": alpha})
     star = None
     if codes.ndim == 3:
-        differing = np.mean([codes[0] != other for other in codes[1:]] or [codes[0] * 0], axis=0)
-        item = int(differing.mean(1).argmax())
+        nothing = np.zeros(codes.shape[1], dtype=int)
+        differing = sum(((a != b).sum(1) for a, b in combinations(codes, 2)), start=nothing)
+        item = int(differing.argmax())
         star = {
             "item": _item(task, item + 1),
             "ids": [codes[index, item].tolist() for index in range(len(users))],
@@ -99,7 +107,10 @@ def case_tables(folder: Path) -> list[Table]:
     if not path.exists():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
-    said = f"{content['protocol']} Model {content['model']}, users who weigh each modality most."
+    said = (
+        f"{content['protocol']} Model {content['model']}, of ours the best on valid; users who "
+        "weigh each modality most."
+    )
     tables = [_user_table(content, said)]
     if content["item"]:
         tables.append(_id_table(content, said))

@@ -272,9 +272,10 @@ def efficiency_table(found: list[Entry]) -> Table:
         (f"On {next(iter(machines))}. " if alone else "")
         + "Stage one: what comes before the first epoch; "
         "epochs: how many were run; peak MB: the most memory of the run, less what the process "
-        "held before it; IDs ms: coding the whole catalogue for one user. Latency of "
-        "one request for the 10 best items of 1 and of 64 users, from histories in memory to lists "
-        f"in memory, no p99 of fewer than 100 calls; users/s at 64. {_over_seeds(found)}"
+        "held before it, – where the run was resumed; IDs ms: coding the whole catalogue for one "
+        "user. Latency of one request for the 10 best items of 1 and of 64 users, from histories "
+        "in memory to lists in memory, no p99 of fewer than 100 calls; users/s at 64. "
+        f"{_over_seeds(found)}"
         + (
             "fastest bold, second underlined."
             if alone
@@ -294,7 +295,8 @@ def machine(run: Run) -> str:
     """What a run was made on, and in which precision."""
     where = run.result["environment"]
     precision = where.get("training", "float32")
-    return f"{where['device']}, {where['threads']} threads, training in {precision}"
+    begun = f", begun on {where['begun_on']}" if "begun_on" in where else ""
+    return f"{where['device']}, {where['threads']} threads, training in {precision}{begun}"
 
 
 def _facts(

@@ -35,6 +35,7 @@ def measured_speed(
     `latency_*` is one user at a time, `latency64_*` is 64 users at once; both count the way from
     histories in memory to lists in memory. `id_generation_ms` is the median time to code the whole
     catalogue for one user (null without semantic IDs; a look-up where IDs are the same for all).
+    `peak_memory_mb` is null for a resumed run, of which this process saw the end alone.
     """
     model, device, progress = trainer.model, trainer.device, trainer.progress
     single, many = (latencies(model, histories, users, config, device, k, b) for b in CALLS)
@@ -47,7 +48,7 @@ def measured_speed(
         "best_epoch": progress.best_epoch,
         "id_generation_ms": _id_generation(model, histories, users, config, device),
         "throughput_users_per_second": throughput(max(CALLS) * len(many), float(sum(many))),
-        "peak_memory_mb": peak_memory_mb(device) - memory_before,
+        "peak_memory_mb": None if progress.resumed else peak_memory_mb(device) - memory_before,
         **{f"latency_{name}": value for name, value in _summary(single).items()},
         **{f"latency64_{name}": value for name, value in _summary(many).items()},
     }

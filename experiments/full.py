@@ -17,7 +17,7 @@ import torch
 
 from config import MODE_MODELS, Config, ConfigError, dataset_name
 from experiments import comparisons, mcrl, plots, report, results
-from experiments.case_study import case_tables, write_case_study
+from experiments.case_study import CASES, case_tables, write_case_study
 from experiments.document import Section, write_document
 from experiments.efficiency import latencies
 from experiments.hyper import search_and_test, write_hyper
@@ -27,11 +27,20 @@ from experiments.runs import MODELS, Task, list_length, load_task, model_class, 
 from experiments.search import import_optuna
 from experiments.tables import Column, Table, write_table
 from metrics import latency_summary
-from util import Stopwatch, UserError, pick_device, rank, seed_everything, write_json
+from util import (
+    Stopwatch,
+    UserError,
+    environment,
+    pick_device,
+    rank,
+    seed_everything,
+    write_json,
+)
 
 logger = getLogger("pmat")
 _SMALLEST = 20  # items of a mock catalogue, as `mock.n_items` has it
 SEARCH, SIZES = "hyper", "latency_by_size.json"
+PATHS = {"data.dataset", "data.features_from", "data.text_encoder", "data.image_encoder"}
 
 
 def full(request: Request) -> int:
@@ -61,7 +70,11 @@ def train_everything(request: Request, task: Task, folder: Path) -> list[Path]:
             failed.append(folder / SEARCH)
     if rank() == 0:
         measure_sizes(request, names, task, folder)
-        write_case_study(report.entries(report.read_runs(folder)), task, folder)
+        try:
+            write_case_study(report.entries(report.read_runs(folder)), task, folder)
+        except Exception as error:  # it must not cost the others their report
+            logger.error("case study: %s", error, exc_info=error)
+            failed.append(folder / CASES)
     return failed
 
 
@@ -73,23 +86,35 @@ def measure_sizes(request: Request, names: tuple[str, ...], task: Task, folder: 
 
     Models are prepared but not trained, which changes what they answer and not how long it takes.
     Sizes are `full.sizes`, up to the first one whose preparation took over `full.size_seconds`.
+    What another machine measured, or failed, is measured again.
     """
-    path = folder / SIZES
+    path, here = folder / SIZES, _machine(request.config())
     done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     tasks: dict[int, Task] = {}
     for name in names:
-        if name not in done:
-            done[name] = _sizes_of(request.config(name), task, tasks)
-            write_json(path, done)
+        known = done.pop(name, [])
+        if not known or known[0].get("machine") != here:
+            known = _sizes_of(request.config(name), task, tasks, here)
+        if known:
+            done[name] = known
+        write_json(path, done)
 
 
-def _sizes_of(config: Config, task: Task, tasks: dict[int, Task]) -> list[dict[str, Any]]:
+def _machine(config: Config) -> str:
+    found = environment(pick_device(config.run.device), "off")
+    return f"{found['device']}, {found['threads']} threads"
+
+
+def _sizes_of(
+    config: Config, task: Task, tasks: dict[int, Task], here: str
+) -> list[dict[str, Any]]:
     rows = []
     for size in sizes(config):
-        if size not in tasks:
-            tasks[size] = _mock_of_size(config, task, size)
         watch = Stopwatch()
         try:
+            if size not in tasks:
+                tasks[size] = _mock_of_size(config, task, size)
+                watch = Stopwatch()
             device = pick_device(config.run.device)
             seed_everything(config.run.seed)
             model = model_class(config.run.model)(config, tasks[size].dataset.catalogue).to(device)
@@ -105,7 +130,12 @@ def _sizes_of(config: Config, task: Task, tasks: dict[int, Task]) -> list[dict[s
             break
         logger.info("%s, %d items: %.2f ms", config.run.model, size, 1000 * np.median(found))
         rows.append(
-            {"model": config.run.model, "items": size, "prepare_seconds": prepared}
+            {
+                "model": config.run.model,
+                "items": size,
+                "prepare_seconds": prepared,
+                "machine": here,
+            }
             | latency_summary(found)
         )
         if prepared > config.full.size_seconds:
@@ -133,7 +163,8 @@ def _mock_of_size(config: Config, task: Task, size: int) -> Task:
     changed = {"n_users": 200, "n_items": size, "dims": dims or dict(config.mock.dims)}
     changed |= {"history_min": 8, "history_max": 30}
     own = type(config.mock)(**(vars(config.mock) | changed))
-    data = type(config.data)(**(vars(config.data) | {"dataset": "mock"}))
+    plain = {"dataset": "mock", "min_rating": 0.0, "k_core": 0, "features": "auto"}
+    data = type(config.data)(**(vars(config.data) | plain))
     return load_task(type(config)(**(vars(config) | {"mock": own, "data": data})))
 
 
@@ -145,6 +176,7 @@ def size_table(rows: list[dict[str, Any]]) -> Table:
     columns = [Column("model", "Model", "s")]
     columns += [Column(c, f"{int(c):,} items", ".2f", -1) for c in frame if c != "model"]
     note = (
+        f"On {rows[0].get('machine', 'a machine without a name')}. "
         "Median ms of one request for the 10 best items (100 calls, fewer of slow models, one "
         "user, mock catalogues, models prepared but not trained, one run, so that differences "
         "below a factor of two say little); – not measured, as preparing a smaller catalogue took "
@@ -243,11 +275,12 @@ def _how_it_was_made(folder: Path) -> Section:
     """Protocol, settings of the command, machine, and how to repeat it."""
     runs, stored = report.read_runs(folder), read_request(folder)
     asked = {k: v for k, v in (stored.overlay | stored.flags).items() if k not in MAY_CHANGE}
-    if "data.dataset" in asked:  # a report goes to others: no path of this machine
-        asked["data.dataset"] = dataset_name(asked["data.dataset"])
+    for key in PATHS & asked.keys():  # a report goes to others: no path of this machine
+        asked[key] = dataset_name(asked[key])
     first = runs[0].result["environment"]
     machines = dict.fromkeys(map(comparisons.machine, runs))
     failed = report.unfinished(folder)
+    failed += [f"{SEARCH}/{name}" for name in report.unfinished(folder / SEARCH)]
     text = [
         report.protocol(runs),
         "Model selection on valid NDCG@10; tokenizers, graphs and statistics saw the train part "

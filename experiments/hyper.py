@@ -144,6 +144,7 @@ def write_hyper(folder: Path, task: Task, latest: Path | None = None) -> list[Ta
         logger.warning("No tuned model has been tested yet: no table of the search.")
         return []
     table = _table(pd.DataFrame(rows), [run for entry in tuned.values() for run in entry.runs])
+    table = report.with_missing(table, report.unfinished(folder))
     for place in [folder] if latest is None else [folder, latest]:
         write_table(table, place)
         write_json(place / "hyper_results.json", content | {"caption": table.caption})

@@ -74,7 +74,8 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
     plots.loss_curves(found[JOINT].epochs(), folder / "mcrl_losses")
     compared = content["comparison"]
     print("\nNDCG@10 of PMAT+MCRL minus PMAT: " + _said(compared))
-    table = _table(found, compared_runs, compared)
+    begun = [name for name in report.unfinished(folder) if name.split("_seed")[0] in CHECKPOINTS]
+    table = report.with_missing(_table(found, compared_runs, compared), begun)
     write_table(table, folder)
     return [table]
 

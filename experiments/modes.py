@@ -125,6 +125,7 @@ def _check_same_data(folder: Path, task: Task) -> None:
                     f"{made.folder} was tested on other items than are held out now; name the "
                     "right --data_dir, with files as they were."
                 )
+        refuse_other_data(made.folder, task)  # groups of users depend on features, too
 
 
 # --------------------------------------------------------------------------- how a mode goes

@@ -98,6 +98,14 @@ def unfinished(folder: Path) -> list[str]:
     return sorted(place.name for place in places if not (place / METRICS).exists())
 
 
+def with_missing(table: Table, missing: list[str]) -> Table:
+    """The table, whose caption names runs that have no result."""
+    if not missing:
+        return table
+    said = f"{table.caption} Failed or not finished: {', '.join(missing)}."
+    return table._replace(caption=said)
+
+
 def _same_protocol(runs: list[Run]) -> None:
     """Raise UserError for runs that were measured in different ways: no table may hold both."""
     for other in runs[1:]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from logging import getLogger
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -26,7 +27,11 @@ MAY_CHANGE = {
 
 
 # Flags that say nothing in other modes.
-OF_MODES = {"run.source": ("report",), "hyper.trials": ("hyper", "full")}
+OF_MODES = {
+    "run.source": ("report",), "hyper.join": ("hyper",), "hyper.trials": ("hyper", "full"),
+    "hyper.startup": ("hyper", "full"), "full.sizes": ("full",), "full.size_seconds": ("full",),
+    "full.case_users": ("full",),
+}  # fmt: skip
 
 
 class Request(NamedTuple):
@@ -41,8 +46,14 @@ class Request(NamedTuple):
         return build_config(self.flags | (changes or {}), self.overlay, model)
 
     def check_mode(self) -> None:
-        """Raises UserError for a flag that the mode would ignore."""
-        mode = self.config().run.mode
+        """Raises UserError for a flag that the mode would ignore, and for a label."""
+        run = self.config().run
+        if run.label:  # tables of models leave runs with a label out
+            raise UserError(
+                f"run.label={run.label}: labels are given by the modes to the runs they make; "
+                "leave it out."
+            )
+        mode = run.mode
         for key in self.flags.keys() & OF_MODES.keys():
             if mode not in OF_MODES[key]:
                 right = " or ".join(f"--mode {name}" for name in OF_MODES[key])
@@ -147,7 +158,8 @@ def _resumable(request: Request, config: Config) -> tuple[Path, IO[str]] | None:
 
 def _identity(config: Config) -> dict[str, Any]:
     run_settings = (config.run.mode, config.run.model, config.run.seeds)
-    return comparable(config) | {"asked": run_settings}
+    tables = {"full": asdict(config.full), "startup": config.hyper.startup}
+    return comparable(config) | {"asked": run_settings} | tables
 
 
 def read_request(folder: Path) -> Request:

@@ -13,7 +13,7 @@ import pandas as pd
 import our_models
 from experiments import comparisons, plots, plots_ids
 from experiments.personal import IDS, TIMELINE, WEIGHTS
-from experiments.report import Entry, entries, read_runs, text_table, unfinished
+from experiments.report import Entry, entries, read_runs, text_table, unfinished, with_missing
 from experiments.runs import Task
 from experiments.tables import Table, write_table
 from util import write_json
@@ -32,7 +32,7 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
         return []
     found = entries(runs)
     missing = [name for name in unfinished(folder) if "--" not in name]  # ablations have a table
-    main = _with_missing(comparisons.baseline_table(found), missing)
+    main = with_missing(comparisons.baseline_table(found), missing)
     tables = [
         main,
         comparisons.group_table(found, task),
@@ -58,14 +58,6 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
     for entry in found:
         draw_ids(entry, task, folder)
     return tables
-
-
-def _with_missing(table: Table, missing: list[str]) -> Table:
-    """The table, whose caption names runs that have no result."""
-    if not missing:
-        return table
-    said = f"{table.caption} Failed or not finished: {', '.join(missing)}."
-    return table._replace(caption=said)
 
 
 def draw_ids(entry: Entry, task: Task, folder: Path) -> None:
@@ -114,7 +106,7 @@ def write_ablation(folder: Path, task: Task, latest: Path | None = None) -> list
     print(text_table(runs))
     names = {made.model for made in runs}
     missing = [name for name in unfinished(folder) if re.split("--|_seed", name)[0] in names]
-    table = _with_missing(comparisons.ablation_table(found), missing)
+    table = with_missing(comparisons.ablation_table(found), missing)
     content = {
         "caption": table.caption,
         "rows": table.frame.to_dict("records"),

@@ -20,7 +20,7 @@ from data_utils import Dataset, Split, load_dataset, split_dataset
 from experiments import personal
 from experiments.efficiency import measured_speed
 from experiments.evaluation import Evaluation, evaluate
-from experiments.training import BEST, LATEST, Trainer
+from experiments.training import BEST, LATEST, Progress, Trainer
 from metrics import Ranks, cold_recall, coverage, ranking_metrics
 from model_parts.base import Recommender, TrainingData
 from util import (
@@ -131,6 +131,8 @@ def train(
             model.load_state_dict(from_first(model.state_dict()))
         trainer.progress.prepare_seconds = watch.seconds
         seed_everything(stream_seed(config.run.seed, "train", rank()))
+    here = environment(device, config.train.amp)
+    trainer.progress.machines.append(f"{here['device']} in {here['training']}")
     trainer.fit()
     return Trained(model, trainer, device, validate, memory_before)
 
@@ -155,7 +157,7 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
         "efficiency": measured_speed(
             trainer, histories, split.test.users, config, list_length(task), memory_before
         ),
-        "environment": environment(device, config.train.amp),
+        "environment": environment(device, config.train.amp) | _begun_on(trainer.progress),
     }
     result |= _with_valid_in_graph(model, config, task, device)
     if rank() == 0:
@@ -164,6 +166,12 @@ def run(config: Config, task: Task, folder: Path) -> dict[str, Any]:
         write_json(folder / METRICS, result)
         (folder / LATEST).unlink(missing_ok=True)
     return result
+
+
+def _begun_on(progress: Progress) -> dict[str, str]:
+    """Other machines that a resumed run was trained on before."""
+    before = [made for made in dict.fromkeys(progress.machines) if made != progress.machines[-1]]
+    return {"begun_on": ", ".join(before)} if before else {}
 
 
 def list_length(task: Task) -> int:
@@ -195,7 +203,7 @@ def refuse_other_data(folder: Path, task: Task) -> None:
     if made not in (None, task.dataset.checksum()):
         raise UserError(
             f"{folder} was made on other data: what is read for {task.dataset.name} has changed "
-            "since; bring the old files back, or start a new run without --resume."
+            "since; bring the old files back, or start a new run."
         )
 
 

@@ -62,6 +62,8 @@ class Progress:
     lr_scale: float = 1.0  # halved after each of them, restored with the next epoch
     seconds: float = 0.0
     prepare_seconds: float = 0.0
+    machines: list[str] = field(default_factory=list)  # where it ran, in turn
+    resumed: bool = False
     sums: dict[str, float] = field(default_factory=dict)  # loss parts times targets, this epoch
     targets: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)  # one per finished epoch
@@ -350,6 +352,7 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self.progress.resumed = True
         if world_size() == 1:
             restore_random_state({k: v.cpu() for k, v in state["random"].items()})
         else:  # only the first one's state is stored, and dropout must differ between processes

@@ -19,9 +19,11 @@ import pandas as pd
 import pytest
 
 from config import build_config
+from experiments import full
 from experiments.case_study import CASES
 from experiments.document import Section, write_document
-from experiments.full import SIZES, sizes
+from experiments.full import SIZES, _mock_of_size, measure_sizes, sizes
+from experiments.requests import Request
 from experiments.runs import METRICS, load_model, model_class
 from experiments.tables import Column, Table
 from experiments.training import Trainer
@@ -255,6 +257,28 @@ def test_full_on_mock_is_moderate():
     asked = build_config({"run.mode": "full", "mock.n_users": 700})
     assert asked.mock.n_users == 700, "what the user says wins"
     assert build_config({"run.mode": "baseline"}).mock.n_users == 600
+
+
+def test_sizes_are_measured_on_mock_data_whatever_the_data_set_wants(task):
+    config = build_config({"data.dataset": "own/folder", "data.k_core": 5, "data.min_rating": 4.0})
+    made = _mock_of_size(config, task, 30).dataset
+    assert made.catalogue.n_items == 30
+    assert made.catalogue.modalities.keys() == task.dataset.catalogue.modalities.keys()
+
+
+def test_latency_is_measured_again_on_another_machine(finished, task, tmp_path, monkeypatch):
+    content = json.loads((finished / SIZES).read_text())
+    content["pmat"] = []  # it failed
+    content["pmat_mcrl"] = [row | {"machine": "another GPU"} for row in content["pmat_mcrl"]]
+    (tmp_path / SIZES).write_text(json.dumps(content))
+    measured = []
+    monkeypatch.setattr(
+        full, "_sizes_of", lambda config, *_: measured.append(config.run.model) or [{"new": 1}]
+    )
+    measure_sizes(Request({}, {}, None), MODELS, task, tmp_path)
+    again = json.loads((tmp_path / SIZES).read_text())
+    assert measured == ["pmat", "pmat_mcrl"]
+    assert again == content | {"pmat": [{"new": 1}], "pmat_mcrl": [{"new": 1}]}
 
 
 def test_sizes_are_numbers(capsys, flags, tmp_path):

@@ -319,6 +319,15 @@ def test_report_refuses_other_data(baseline_folder, tmp_path, capsys):
     assert "tested on other items" in capsys.readouterr().err
 
 
+def test_report_refuses_other_features(baseline_folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(baseline_folder, copy)
+    request = (copy / "request.yaml").read_text()
+    (copy / "request.yaml").write_text(request.replace("flags:", "flags:\n  data.features: text"))
+    assert main(["--mode", "report", "--from", str(copy), f"--log_dir={tmp_path}"]) == 2
+    assert "made on other data" in capsys.readouterr().err
+
+
 def test_report_refuses_what_a_config_file_asks_in_vain(baseline_folder, tmp_path, capsys):
     overlay = tmp_path / "other.yaml"
     overlay.write_text("train: {lr: 5.0}\n")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from config import Config
 from data_readers.tables import Sequences
+from experiments import runs
 from experiments.runs import METRICS, RANKS, Task, run
 from experiments.training import BEST, LATEST, Stopped, Trainer
 from main import main
@@ -309,6 +310,15 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(stopped, tiny, task):
 def test_where_it_runs_may_change_between_stop_and_resume(stopped, tiny, task):
     settings = {"train.batch_size": 8, "run.save_dir": "elsewhere", "train.num_workers": 1}
     assert finished(stopped, tiny(settings=settings), task)
+
+
+def test_a_resumed_run_names_all_its_machines_and_no_peak_of_one(stopped, tiny, task, monkeypatch):
+    here = runs.environment(torch.device("cpu"), "off")
+    monkeypatch.setattr(runs, "environment", lambda *_: here | {"device": "another"})
+    result = run(tiny(settings={"train.batch_size": 8}), task, stopped)
+    assert result["environment"]["device"] == "another"
+    assert result["environment"]["begun_on"] == f"cpu in {here['training']}"
+    assert result["efficiency"]["peak_memory_mb"] is None
 
 
 def test_a_broken_checkpoint_is_named(stopped, tiny, task):
