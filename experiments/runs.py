@@ -66,6 +66,8 @@ def load_task(config: Config) -> Task:
         dataset.name, f"{sequences.n_users:,}", f"{catalogue.n_items:,}",
         f"{len(sequences.items):,}", ", ".join(widths) or "none",
     )  # fmt: skip
+    if config.data.dataset == "movielens" and not config.data.edition:
+        logger.info("Presets of an edition of its own, such as ml-1m, come with data.edition=ml-1m.")
     if split_name(dataset) == UNTIMED:
         logger.info("There are no time stamps: the order of the rows of each user counts.")
     split = split_dataset(dataset)
