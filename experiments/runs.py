@@ -67,7 +67,7 @@ def load_task(config: Config) -> Task:
         f"{len(sequences.items):,}", ", ".join(widths) or "none",
     )  # fmt: skip
     if config.data.dataset == "movielens" and not config.data.edition:
-        logger.info("Presets of an edition of its own, such as ml-1m, come with data.edition=ml-1m.")
+        logger.info("Presets of one edition, such as those of ml-1m, come with data.edition=ml-1m.")
     if split_name(dataset) == UNTIMED:
         logger.info("There are no time stamps: the order of the rows of each user counts.")
     split = split_dataset(dataset)
