@@ -136,13 +136,27 @@ def read_pairs(texts: list[str]) -> dict[str, str]:
     return given
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML whose mappings have no key twice: the second would replace the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """As in SafeLoader. Raises MarkedYAMLError for a repeated key."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                said = f"{key.value!r} is there twice"
+                raise yaml.MarkedYAMLError(problem=said, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_sections(path: str, sections: set[str]) -> dict[str, Any]:
     """Dotted key -> value of a YAML file of sections (`train: {lr: 0.001}`) or dotted keys.
 
     Raises ConfigError when the file is missing, is not YAML or is not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError) as error:  # bytes or a date that cannot be: ValueError

@@ -230,6 +230,11 @@ def start_logging(log_dir: str) -> logging.Logger:
     return logger
 
 
+def close_output() -> None:
+    """Let what is still to be printed go nowhere, since nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def environment(device: torch.device, amp: str) -> dict[str, Any]:
     """Versions and machine class, for metrics.json; no host name, no path."""
     half = autocast_type(amp, device)

@@ -122,7 +122,10 @@ def arrange(
     if raw.timestamps is None:
         timestamps = np.arange(len(order)) - np.repeat(offsets[1:], lengths)  # ..., -2, -1
     else:
-        timestamps = raw.timestamps[order].astype(np.int64)
+        timestamps = raw.timestamps[order]
+        if (timestamps % 1).any():  # fractions of a second: what is kept is the order
+            timestamps = np.unique(timestamps, return_inverse=True)[1]
+        timestamps = timestamps.astype(np.int64)
     labels = None if raw.labels is None else raw.labels[order]
     sequences = Sequences(number[raw.items[order]], offsets, timestamps)
     return Arranged(sequences, labels, users, items)

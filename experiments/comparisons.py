@@ -83,7 +83,7 @@ def _stopped_by_limit(result: dict[str, Any]) -> bool:
 
 
 def _over_seeds(found: list[Entry]) -> str:
-    return "Means over seeds; " if max(len(entry.runs) for entry in found) > 1 else ""
+    return "Means over seeds. " if max(len(entry.runs) for entry in found) > 1 else ""
 
 
 def _informed_row(entry: Entry) -> list[dict[str, Any]]:
@@ -250,7 +250,7 @@ def id_tables(found: list[Entry]) -> list[Table]:
         "Spearman of code distance and modality-weight distance between users; churn: share of "
         "digits, also of those that all users share, that change with one more item. The last "
         "digit of tiger and cofirec only tells equal IDs apart. Of personal IDs, all but Unique "
-        f"are of {QUALITY_USERS} users at most, one by one. {_over_seeds(having)}highest Unique, "
+        f"are of {QUALITY_USERS} users at most, one by one. {_over_seeds(having)}Highest Unique, "
         "Consistency and Personal bold, second underlined; the others are not ranked."
     )
     return [_facts(having, "id_quality", QUALITY, "ID quality", note)]
@@ -277,9 +277,9 @@ def efficiency_table(found: list[Entry]) -> Table:
         "in memory to lists in memory, no p99 of fewer than 100 calls; users/s at 64. "
         f"{_over_seeds(found)}"
         + (
-            "fastest bold, second underlined."
+            "Fastest bold, second underlined."
             if alone
-            else "nothing is bold, since rows were measured on different machines: between them "
+            else "Nothing is bold, since rows were measured on different machines: between them "
             "speed and memory compare nothing."
         )
     )

@@ -235,7 +235,10 @@ def write_full(folder: Path, task: Task, latest: Path | None = None) -> list[Tab
     return [*baseline, *ablations, *comparison, *search, *speed, *cases]
 
 
-_TRIALS = "Search, valid NDCG@10 of trials: {}."
+_TRIALS = (
+    "Search, {} (history: valid NDCG@10 of the trials in turn; slices: against each setting; "
+    "importance: how much of its variance a setting explains, fANOVA)."
+)
 _SPACE = (
     "{}: t-SNE of semantic IDs, distance = share of digits that differ; colours: categories (on "
     "mock the topic of the visual features only), grey: the rest. Where IDs are personal, on the "
@@ -260,7 +263,10 @@ _DRIFT = (
 
 def _all(folder: Path, pattern: str, caption: str) -> list[tuple[Path, str]]:
     stem = pattern.split("*")[0]
-    return [(p, caption.format(p.stem.removeprefix(stem))) for p in sorted(folder.glob(pattern))]
+    return [
+        (p, caption.format(p.stem.removeprefix(stem).replace("_", " ")))
+        for p in sorted(folder.glob(pattern))
+    ]
 
 
 def _size_rows(folder: Path) -> list[dict[str, Any]]:
@@ -274,7 +280,8 @@ def _size_rows(folder: Path) -> list[dict[str, Any]]:
 def _how_it_was_made(folder: Path) -> Section:
     """Protocol, settings of the command, machine, and how to repeat it."""
     runs, stored = report.read_runs(folder), read_request(folder)
-    asked = {k: v for k, v in (stored.overlay | stored.flags).items() if k not in MAY_CHANGE}
+    unsaid = MAY_CHANGE - {"hyper.trials"}
+    asked = {k: v for k, v in (stored.overlay | stored.flags).items() if k not in unsaid}
     for key in PATHS & asked.keys():  # a report goes to others: no path of this machine
         asked[key] = dataset_name(asked[key])
     first = runs[0].result["environment"]

@@ -59,9 +59,9 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
     """Step 3 from the runs in `folder`; with `latest`, copies of the weights and of the JSON."""
     runs = [made for made in report.read_runs(folder) if made.model in CHECKPOINTS]
     runs = [made for made in runs if not made.label]
-    print(report.text_table(runs))
     compared_runs = _of_common_seeds(runs)
     if not compared_runs:
+        print(report.text_table(runs))
         logger.warning("Both models must have finished before they can be compared.")
         return []
     found = {entry.model: entry for entry in report.entries(compared_runs)}
@@ -73,10 +73,11 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
         _copy_weights(runs, latest.resolve().parent / "checkpoints", folder)
     plots.loss_curves(found[JOINT].epochs(), folder / "mcrl_losses")
     compared = content["comparison"]
-    print("\nNDCG@10 of PMAT+MCRL minus PMAT: " + _said(compared))
     begun = [name for name in report.unfinished(folder) if name.split("_seed")[0] in CHECKPOINTS]
     table = report.with_missing(_table(found, compared_runs, compared), begun)
     write_table(table, folder)
+    print(report.text_table(runs))
+    print("\nNDCG@10 of PMAT+MCRL minus PMAT: " + _said(compared))
     return [table]
 
 

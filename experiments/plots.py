@@ -231,6 +231,7 @@ def latency_curves(rows: list[dict[str, Any]], path: Path) -> None:
             axis.set_xscale("log")
             axis.set_yscale("log")
             axis.set_xticks(sorted(frame["items"].unique()))
+            axis.yaxis.set_major_locator(_round_numbers(frame["p50_ms"]))
             axis.minorticks_off()
             axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.yaxis.set_major_formatter("{x:g}")
@@ -302,6 +303,12 @@ def search_slices(trials: pd.DataFrame, logarithmic: list[str], path: Path) -> N
         )  # fmt: skip
 
 
+def _round_numbers(values: pd.Series) -> LogLocator:
+    """Where a logarithmic axis has ticks: the closer together the values, the more."""
+    spread = values.max() / values.min()
+    return LogLocator(subs=(1, 3) if spread > 100 else (1, 2, 5) if spread > 5 else range(1, 10))
+
+
 def _slice(axis: Axes, trials: pd.DataFrame, name: str, logarithmic: bool) -> None:
     if not pd.api.types.is_numeric_dtype(trials[name]):
         trials = trials.assign(**{name: trials[name].astype(str)})
@@ -311,7 +318,7 @@ def _slice(axis: Axes, trials: pd.DataFrame, name: str, logarithmic: bool) -> No
         axis.scatter(part[name], part["value"], marker=marker, color=colour, s=18, label=label)
     if logarithmic:
         axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_locator(_round_numbers(trials[name]))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     axis.set_xlabel(name)

@@ -107,9 +107,9 @@ def open_folder(request: Request, config: Config) -> Iterator[Path]:
 
 def finish(folder: Path, failed: list[Path]) -> None:
     """Say where everything is; without failures there is nothing left to resume."""
-    print(f"\nEverything is in {folder}")
     if not failed:
         (folder / UNFINISHED).unlink(missing_ok=True)
+    print(f"\nEverything is in {folder}")
 
 
 def _new_folder(request: Request, config: Config) -> tuple[Path, IO[str]]:
@@ -186,7 +186,7 @@ def resumed_request(folder: str, request: Request, flag: str = "--resume ") -> R
         comes_from_presets = key not in known and key.split(".")[0] not in ("run", "data")
         before, now = (value_of(one.config(), key) for one in (stored, request))
         if comes_from_presets or before != now:
-            shown = "unset" if comes_from_presets else before
+            shown = "what its presets say" if comes_from_presets else before
             raise UserError(
                 f"{flag}{folder}: that run has {key}={shown}, not {now}; leave the flag out or "
                 "start a new run."

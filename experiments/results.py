@@ -27,8 +27,8 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
     `baseline_results.*` also go to `latest` as its newest copy, as does the bar chart.
     """
     runs = [run for run in read_runs(folder) if not run.label]
-    print(text_table(runs))
     if not runs:
+        print(text_table(runs))
         return []
     found = entries(runs)
     missing = [name for name in unfinished(folder) if "--" not in name]  # ablations have a table
@@ -57,6 +57,7 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
     plots.learning_curves(curves, folder / "learning_curves")
     for entry in found:
         draw_ids(entry, task, folder)
+    print(text_table(runs))  # last, as whoever reads it may have gone
     return tables
 
 
@@ -103,7 +104,6 @@ def write_ablation(folder: Path, task: Task, latest: Path | None = None) -> list
     if not any(not entry.label for entry in found):
         logger.warning("No full model with ablations has finished: no ablation table yet.")
         return []
-    print(text_table(runs))
     names = {made.model for made in runs}
     missing = [name for name in unfinished(folder) if re.split("--|_seed", name)[0] in names]
     table = with_missing(comparisons.ablation_table(found), missing)
@@ -116,6 +116,7 @@ def write_ablation(folder: Path, task: Task, latest: Path | None = None) -> list
         write_table(table, place)
         write_json(place / "ablation_results.json", content)
     plots.ablation_bars(table.frame, folder / "ablation_bars")
+    print(text_table(runs))
     return [table]
 
 

@@ -36,6 +36,12 @@ from our_models.mcrl import PMATWithMCRL
 from our_models.pmat import PMAT
 from util import UserError, rank, write_json
 
+LEGEND = """
+< measured is at most the bound, > at least, = equal to it (shares of a sample within four standard
+errors); says: share of instances on which the bound beats the trivial one; tight: the smaller mean
+over the larger (near 0 a check has little power: what is measured could be much worse and still be
+allowed)."""
+
 THEORY = "theory.json"
 TITLES = {
     1: "semantic drift",
@@ -149,9 +155,7 @@ def _print(content: dict[str, Any]) -> int:
                     f"  {name:50} {sign}{columns} {found['tightness']:6.2f}"
                     f" {found['informative']:5.0%}{bad}"
                 )
-    print("\n< measured is at most the bound, > at least, = equal to it; says: share of instances")
-    print("on which the bound beats the trivial one; tight: the smaller mean over the larger (near")
-    print("0 a check has little power: what is measured could be much worse and still be allowed).")
+    print(LEGEND)
     return violated
 
 

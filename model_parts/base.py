@@ -1,5 +1,8 @@
 """The contract every model keeps and the loop relies on (nothing here knows a particular model).
 
+A model is built as `Model(config, catalogue)`, where `config.n_items(catalogue)` is N; without a
+catalogue, `Model(config)` has the sizes of the mock data.
+
 Letters used for shapes throughout the project:
 B batch, T positions of a padded history, N items, M modalities, L digits of a semantic ID,
 K codes per digit, d width.

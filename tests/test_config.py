@@ -192,6 +192,7 @@ def test_sections_and_dotted_keys(tmp_path):
     [
         (b"train: {lr: [", "line 1 is not YAML"),
         (b"train:\n  lr: 1\n bad\n", "is not YAML"),
+        (b"train: {lr: 1}\ntrain: {clip: 2}\n", "line 2 is not YAML: 'train' is there twice"),
         (b"- 1\n- 2\n", "expected sections"),
         (b"", "expected sections"),
         (b"just words", "expected sections"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,27 @@ def test_times_in_milliseconds_and_unknown_ones_are_understood(
     )
     found = card(capsys, str(folder), "--data_dir", str(tmp_path))
     assert found["time"] == "2020-01-01 to 2021-01-01, 1 are 0"
+
+
+def test_fractions_of_a_second_tell_interactions_apart(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (folder / "interactions.csv").write_text(
+        "user_id,item_id,timestamp\nu,a,0.75\nu,b,0.25\nu,c,0.5\n", encoding="utf-8"
+    )
+    found = card(capsys, str(folder), "--data_dir", str(tmp_path))
+    assert found["ties"].startswith("0.0%")
+    assert found["time"] != "no times"
+
+
+def test_a_reader_that_has_gone_is_no_mistake() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "data_utils.py", "inspect", "mock"],
+        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0 and process.stderr.read() == b""
+    process.stderr.close()
 
 
 def test_settings_are_those_of_a_run(
