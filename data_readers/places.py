@@ -10,6 +10,7 @@ from data_readers import amazon, movielens
 from data_readers.download import obtain, obtain_archive
 from util import UserError
 
+_SHOWN = 10  # data sets that a message names
 RAW = ("amazon", "movielens")  # layouts of raw public files
 NAMES = ("mock", *RAW, "mmrec")
 
@@ -105,7 +106,9 @@ def _hint(name: str, root: Path) -> str:
     near = difflib.get_close_matches(place.name, known, n=3)
     if near:
         return f"did you mean {' or '.join(known[found] for found in near)}?"
-    return f"known are {', '.join(known.values())}."
+    shown = list(known.values())[:_SHOWN]
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"known are {', '.join(shown)}{more}."
 
 
 def _only(name: str, found: list[Path]) -> Path:

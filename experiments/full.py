@@ -196,7 +196,9 @@ def write_full(folder: Path, task: Task, latest: Path | None = None) -> list[Tab
     if not baseline:
         return []
     ablations = results.write_ablation(folder, task, latest)
-    comparison = mcrl.write_comparison(folder, task, latest)
+    asked = read_request(folder).models(tuple(MODELS))
+    joint = mcrl.CHECKPOINTS.keys() <= set(asked)
+    comparison = mcrl.write_comparison(folder, task, latest) if joint else []
     (folder / SEARCH).mkdir(exist_ok=True)
     search = write_hyper(folder / SEARCH, task, latest)
     rows = _size_rows(folder)

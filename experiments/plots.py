@@ -306,7 +306,7 @@ def search_slices(trials: pd.DataFrame, logarithmic: list[str], path: Path) -> N
 def _round_numbers(values: pd.Series) -> LogLocator:
     """Where a logarithmic axis has ticks: the closer together the values, the more."""
     spread = values.max() / values.min()
-    return LogLocator(subs=(1, 3) if spread > 100 else (1, 2, 5) if spread > 5 else range(1, 10))
+    return LogLocator(subs=(1, 3) if spread > 100 else (1, 2, 5) if spread > 2.5 else range(1, 10))
 
 
 def _slice(axis: Axes, trials: pd.DataFrame, name: str, logarithmic: bool) -> None:
