@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from util import UserError, write_json
 
 log = logging.getLogger("pmat")
 
-FORMAT = 2  # raise it when a reader or the layout below changes what it stores
+FORMAT = 3  # raise it when a reader or the layout below changes what it stores
 _LARGE = 2**26  # bytes; smaller files are hashed anew each time
 _SETTLED = 5  # seconds
 _ABANDONED = 3600  # seconds after which a half-written cache is taken for a killed run's
@@ -77,20 +77,37 @@ def _read_json(path: Path) -> dict:
 def prepared(cache_dir: Path | None, name: str, key: str, build: Callable[[], Dataset]) -> Dataset:
     """The data set `name` with fingerprint `key`: from the cache, else built and stored there.
 
-    cache_dir None means no cache. A cache that cannot be written only costs a warning.
+    cache_dir None means no cache. A cache that cannot be written only costs a warning. Warnings of
+    `build` are kept, too, and given again whenever the data set is read.
     """
     if cache_dir is None:
         return build()
     target = cache_dir / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', name).strip('-.')}-{key[:12]}"
     found = load(target, key)
-    if found is None:
+    if found is not None:
+        for said in _read_json(target / "meta.json").get("warnings", []):
+            log.warning("%s", said)
+        return found
+    with _noted() as warnings:
         dataset = build()
-        found = load(target, key) if store(target, dataset) else dataset
-        found = found or dataset
-    return found
+    found = load(target, key) if store(target, dataset, warnings) else dataset
+    return found or dataset
 
 
-def store(target: Path, dataset: Dataset) -> bool:
+@contextlib.contextmanager
+def _noted() -> Iterator[list[str]]:
+    """What the reader warns of meanwhile, such as rows that were dropped."""
+    said: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(listener)
+    try:
+        yield said
+    finally:
+        log.removeHandler(listener)
+
+
+def store(target: Path, dataset: Dataset, warnings: list[str]) -> bool:
     """Write to a sibling, then rename: readers see all of it or nothing. False if not possible."""
     partial = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -102,6 +119,7 @@ def store(target: Path, dataset: Dataset) -> bool:
         meta = {
             "name": dataset.name,
             "fingerprint": dataset.fingerprint,
+            "warnings": warnings,
             "modalities": list(dataset.catalogue.modalities),
             "arrays": {stem: [list(a.shape), a.dtype.str] for stem, a in arrays.items()},
         }

@@ -385,6 +385,14 @@ def test_the_second_read_is_mapped_from_the_cache(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == before  # only read
 
 
+def test_warnings_come_with_every_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_folder(tmp_path / "d", [*ROWS, ROWS[0]], ITEMS)
+    for _ in range(2):
+        caplog.clear()
+        cached(folder, tmp_path / "data")
+        assert caplog.text.count("dropped 1 rows that repeat an earlier") == 1
+
+
 def test_changed_files_or_options_are_read_anew(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", ROWS, ITEMS)
     prints = {cached(folder, tmp_path / "data").fingerprint}
