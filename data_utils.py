@@ -22,7 +22,7 @@ import data_readers
 from config import Config, ConfigError, build_config, read_pairs
 from data_readers.card import data_card
 from data_readers.tables import TEST, TRAIN, VALID, Catalogue, Dataset, Sequences
-from util import UserError, close_output
+from util import UserError, say
 
 __all__ = ["Catalogue", "Dataset", "Sequences", "load_dataset", "split_dataset"]
 
@@ -287,9 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         dataset = load_dataset(config)
         choices = ("min_rating", "k_core", "tie_policy", "features")
         read_with = ", ".join(f"{key} {getattr(config.data, key)}" for key in choices)
-        print(data_card(dataset, leave_one_out(dataset.sequences), read_with), flush=True)
-    except BrokenPipeError:  # whoever read our output has gone, as with `| head`
-        close_output()
+        say(data_card(dataset, leave_one_out(dataset.sequences), read_with))
     except KeyboardInterrupt:
         return 130
     except (ConfigError, UserError) as error:

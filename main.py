@@ -117,14 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         # torch takes a second or two to import: not needed for --help or a misspelt flag
         from experiments import start
 
-        code = start(flags, overlay, found.resume)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # whoever read our output has gone, as with `| head`; files are written
-        from util import close_output
-
-        close_output()
-        return 0
+        return start(flags, overlay, found.resume)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -230,9 +230,13 @@ def start_logging(log_dir: str) -> logging.Logger:
     return logger
 
 
-def close_output() -> None:
-    """Let what is still to be printed go nowhere, since nobody reads it any more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def say(text: str) -> None:
+    """Print. Where whoever read it has gone, as with `| head`, this and all that follows goes
+    nowhere, and the program goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def environment(device: torch.device, amp: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from experiments.search import (
 )
 from experiments.tables import Column, Table, write_table
 from metrics import mean_std
-from util import UserError, atomic_path, from_first, rank, write_json
+from util import UserError, atomic_path, from_first, rank, say, write_json
 
 logger = getLogger("pmat")
 TUNED = "tuned"  # label of the runs with the best settings
@@ -100,7 +100,7 @@ def _join(request: Request) -> int:
     task = load_task(stored.config())
     for name in models_to_search(stored):
         Search(stored, task, folder, name).work(wait=False)
-    print(f"\nThe trials of {folder} are done or in other hands.")
+    say(f"\nThe trials of {folder} are done or in other hands.")
     return 0
 
 
@@ -148,7 +148,7 @@ def write_hyper(folder: Path, task: Task, latest: Path | None = None) -> list[Ta
     for place in [folder] if latest is None else [folder, latest]:
         write_table(table, place)
         write_json(place / "hyper_results.json", content | {"caption": table.caption})
-    print(report.text_table([run for entry in tuned.values() for run in entry.runs]))
+    say(report.text_table([run for entry in tuned.values() for run in entry.runs]))
     return [table]
 
 

@@ -15,7 +15,7 @@ from experiments.modes import conduct, model_jobs, run_jobs
 from experiments.requests import Request
 from experiments.runs import BEST, Task, load_task, run
 from experiments.tables import P_VALUE, Column, Table, write_table
-from util import atomic_path, write_json
+from util import atomic_path, say, write_json
 
 logger = getLogger("pmat")
 ALONE, JOINT = "pmat", "pmat_mcrl"
@@ -61,7 +61,7 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
     runs = [made for made in runs if not made.label]
     compared_runs = _of_common_seeds(runs)
     if not compared_runs:
-        print(report.text_table(runs))
+        say(report.text_table(runs))
         logger.warning("Both models must have finished before they can be compared.")
         return []
     found = {entry.model: entry for entry in report.entries(compared_runs)}
@@ -76,8 +76,8 @@ def write_comparison(folder: Path, task: Task, latest: Path | None = None) -> li
     begun = [name for name in report.unfinished(folder) if name.split("_seed")[0] in CHECKPOINTS]
     table = report.with_missing(_table(found, compared_runs, compared), begun)
     write_table(table, folder)
-    print(report.text_table(runs))
-    print("\nNDCG@10 of PMAT+MCRL minus PMAT: " + _said(compared))
+    say(report.text_table(runs))
+    say("\nNDCG@10 of PMAT+MCRL minus PMAT: " + _said(compared))
     return [table]
 
 

@@ -26,7 +26,7 @@ from experiments.runs import (
     run,
 )
 from experiments.training import Stopped, comparable, refuse_other
-from util import UserError, from_first, rank
+from util import UserError, from_first, rank, say
 
 logger = getLogger("pmat")
 # What mode report may be told: which run, and where its data are now.
@@ -105,7 +105,7 @@ def rebuild(request: Request) -> int:
     _check_same_data(folder, task)
     write(folder, task, None)
     if config.run.mode != "quick":  # its table is only printed
-        print(f"\nTables and figures are in {folder}")
+        say(f"\nTables and figures are in {folder}")
     return 0
 
 

@@ -23,7 +23,7 @@ from experiments.runs import (
 from experiments.tables import Table
 from experiments.training import EPOCHS
 from metrics import Ranks, average_over_seeds, per_user
-from util import UserError
+from util import UserError, say
 
 COLUMNS = ("recall@5", "recall@10", "recall@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr")
 
@@ -203,5 +203,5 @@ def informed(name: str) -> str:
 
 def show(folder: Path, task: Task, latest: Path | None = None) -> list[Table]:
     """Print the runs of a folder, write nothing."""
-    print(text_table(read_runs(folder)))
+    say(text_table(read_runs(folder)))
     return []

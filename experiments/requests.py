@@ -15,7 +15,7 @@ import yaml
 from config import Config, ConfigError, build_config, dataset_name, differences, value_of
 from experiments.runs import CONFIG
 from experiments.training import comparable
-from util import UserError, claim, from_first, new_run_folder, rank, write_yaml
+from util import UserError, claim, from_first, new_run_folder, rank, say, write_yaml
 
 logger = getLogger("pmat")
 REQUEST, UNFINISHED = "request.yaml", "unfinished"
@@ -109,7 +109,7 @@ def finish(folder: Path, failed: list[Path]) -> None:
     """Say where everything is; without failures there is nothing left to resume."""
     if not failed:
         (folder / UNFINISHED).unlink(missing_ok=True)
-    print(f"\nEverything is in {folder}")
+    say(f"\nEverything is in {folder}")
 
 
 def _new_folder(request: Request, config: Config) -> tuple[Path, IO[str]]:

@@ -16,7 +16,7 @@ from experiments.personal import IDS, TIMELINE, WEIGHTS
 from experiments.report import Entry, entries, read_runs, text_table, unfinished, with_missing
 from experiments.runs import Task
 from experiments.tables import Table, write_table
-from util import write_json
+from util import say, write_json
 
 logger = getLogger("pmat")
 
@@ -28,7 +28,7 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
     """
     runs = [run for run in read_runs(folder) if not run.label]
     if not runs:
-        print(text_table(runs))
+        say(text_table(runs))
         return []
     found = entries(runs)
     missing = [name for name in unfinished(folder) if "--" not in name]  # ablations have a table
@@ -57,7 +57,7 @@ def write_baseline(folder: Path, task: Task, latest: Path | None = None) -> list
     plots.learning_curves(curves, folder / "learning_curves")
     for entry in found:
         draw_ids(entry, task, folder)
-    print(text_table(runs))  # last, as whoever reads it may have gone
+    say(text_table(runs))  # last, as whoever reads it may have gone
     return tables
 
 
@@ -116,7 +116,7 @@ def write_ablation(folder: Path, task: Task, latest: Path | None = None) -> list
         write_table(table, place)
         write_json(place / "ablation_results.json", content)
     plots.ablation_bars(table.frame, folder / "ablation_bars")
-    print(text_table(runs))
+    say(text_table(runs))
     return [table]
 
 

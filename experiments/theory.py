@@ -34,7 +34,7 @@ from experiments.theory_random import Checks, alignment, random_checks
 from experiments.theory_server import Followed, consistency, dial, follow, updates
 from our_models.mcrl import PMATWithMCRL
 from our_models.pmat import PMAT
-from util import UserError, rank, write_json
+from util import UserError, rank, say, write_json
 
 LEGEND = """
 < measured is at most the bound, > at least, = equal to it (shares of a sample within four standard
@@ -141,21 +141,21 @@ def _print(content: dict[str, Any]) -> int:
     """The table of bounds; returns how many are violated."""
     violated = 0
     for place in ("random instances", "trained model"):
-        print(f"\n{place}, means over instances")
-        print(f"{'':54}{'bound':>12}{'measured':>12}{'trivial':>12}{'tight':>7}{'says':>6}")
+        say(f"\n{place}, means over instances")
+        say(f"{'':54}{'bound':>12}{'measured':>12}{'trivial':>12}{'tight':>7}{'says':>6}")
         for number, (theorem, checks) in enumerate(content[place].items(), start=1):
-            print(f"{theorem}: {TITLES[number]}")
+            say(f"{theorem}: {TITLES[number]}")
             for name, found in checks.items():
                 sign = {"lower": ">", "upper": "<", "equal": "="}[found["kind"]]
                 values = (_number(found[column]) for column in ("bound", "measured", "trivial"))
                 bad = f"  VIOLATED {found['violations']} times" if found["violations"] else ""
                 violated += bool(bad)
                 columns = "".join(f"{value:>12}" for value in values)
-                print(
+                say(
                     f"  {name:50} {sign}{columns} {found['tightness']:6.2f}"
                     f" {found['informative']:5.0%}{bad}"
                 )
-    print(LEGEND)
+    say(LEGEND)
     return violated
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -115,6 +116,21 @@ def test_a_folder_of_own_data_works_until_it_changes(
     (found / "unfinished").touch()
     assert main(["--mode", "quick", "--resume", str(found)]) == 2
     assert "made on other data" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_costs_no_table(tmp_path, small_flags):
+    folders = [f"--{name}_dir={tmp_path / name}" for name in ("save", "log", "data")]
+    process = subprocess.Popen(
+        [sys.executable, "main.py", "--mode", "baseline", "--model", "popularity", *folders,
+         *small_flags],
+        cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and "Traceback" not in said
+    (folder,) = (path for path in (tmp_path / "save").iterdir() if path.is_dir())
+    assert (folder / "baseline_results.md").exists() and not (folder / "unfinished").exists()
+    process.stderr.close()
 
 
 def test_two_runs_of_one_second_get_two_folders(quick, tmp_path):
