@@ -110,11 +110,10 @@ def _sizes_of(
 ) -> list[dict[str, Any]]:
     rows = []
     for size in sizes(config):
-        watch = Stopwatch()
         try:
             if size not in tasks:
                 tasks[size] = _mock_of_size(config, task, size)
-                watch = Stopwatch()
+            watch = Stopwatch()
             device = pick_device(config.run.device)
             seed_everything(config.run.seed)
             model = model_class(config.run.model)(config, tasks[size].dataset.catalogue).to(device)
