@@ -152,10 +152,19 @@ class SharedSpecificTokenizer(nn.Module):
         return _squares(together, parts, known), _squares(alone, parts, known)
 
     def losses(
-        self, x: Tensor, present: Tensor, recon: float, aux: float, codebook: float = 1.0
+        self,
+        latents: Tensor,
+        x: Tensor,
+        present: Tensor,
+        recon: float,
+        aux: float,
+        codebook: float = 1.0,
     ) -> dict[str, Tensor]:
-        """The tokenizer's own terms, weighted; without weight L_aux is left out."""
-        quantised = self.quantiser(self.latents(x))
+        """The tokenizer's own terms, weighted; without weight L_aux is left out.
+
+        `latents` [P, L, w] are those of x.
+        """
+        quantised = self.quantiser(latents)
         rebuilt, auxiliary = self.rebuild(x, present, quantised.quantised)
         parts = {"recon": recon * rebuilt, "codebook": codebook * quantised.loss}
         if aux:
@@ -171,10 +180,10 @@ class SharedSpecificTokenizer(nn.Module):
         """[N, D] -> codes [N, L], in blocks."""
         return torch.cat([self.quantiser.encode(self.latents(rows)) for rows in x.split(_ROWS)])
 
-    def soft_codes(self, x: Tensor, temperature: float) -> Tensor:
-        """ind = soft + sg(hard - soft), soft = softmax(cos / tau): [P, D] -> [P, L, K], one-hot
+    def soft_codes(self, latents: Tensor, temperature: float) -> Tensor:
+        """ind = soft + sg(hard - soft), soft = softmax(cos / tau): [P, L, w] -> [P, L, K], one-hot
         in value, so that the loss of the generator reaches experts and codewords."""
-        soft = (self.quantiser.cosines(self.latents(x)) / temperature).softmax(2)
+        soft = (self.quantiser.cosines(latents) / temperature).softmax(2)
         hard = F.one_hot(soft.argmax(2), soft.shape[2]).to(soft)
         return soft + (hard - soft).detach()
 
@@ -200,14 +209,14 @@ def train_tokenizer(
     def loss(step: int) -> Tensor:
         rows = torch.randint(len(x), (min(own.stage_one_batch, len(x)),), generator=generator)
         chunk = x[rows]
+        latents = tokenizer.latents(chunk)
         with torch.no_grad():
-            latents = tokenizer.latents(chunk)
             used.scatter_(1, quantiser.encode(latents).T, True)
             due = (step + 1) % _REVIVE_EVERY == 0 and step + _REVIVE_EVERY < own.tokenizer_steps
             if own.revive and due:
                 revive(quantiser.codebooks, used, latents.transpose(0, 1), generator)
                 used.zero_()
-        parts = tokenizer.losses(chunk, present[rows], own.recon, own.aux)
+        parts = tokenizer.losses(latents, chunk, present[rows], own.recon, own.aux)
         return sum(parts.values()) + own.ortho * tokenizer.overlap()
 
     minimise(tokenizer, loss, own.tokenizer_steps, own.stage_one_lr)
@@ -291,41 +300,42 @@ class MMQ(Seq2SeqRecommender):
         known = self.present.any(1, keepdim=True)
         return torch.where(known, self.tokenizer.encode(self.inputs), self.drawn)
 
-    def read(self, batch: Batch) -> tuple[Memory, Tensor]:
-        """In stage two the history is read through soft codes, else by the IDs of its items."""
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of the next ID; in stage two, where the history is read through soft codes,
+        also .5 L_recon + .5 L_aux on its items."""
         if not (self.training and self.tuning):
-            return super().read(batch)
-        batch = newest_items(batch, self.own.history)
+            return super().loss(batch)
+        newest = newest_items(batch, self.own.history)
+        items = newest.items.where(newest.items > 0, newest.items[:1, :1])  # no item of its own
+        distinct, place = items.unique(return_inverse=True)
+        rows = distinct - 1
+        inputs, present = self.inputs[rows], self.present[rows]
+        weight, auxiliary = self.own.tune, self.own.tune if self.own.aux else 0.0
+        with torch.autocast(inputs.device.type, enabled=False):  # half precision changes codes
+            latents = self.tokenizer.latents(inputs)
+            parts = self.tokenizer.losses(
+                latents, inputs, present, weight, auxiliary, _TUNED_CODEBOOK
+            )
+            codes = self.soft_codes(latents, rows)
+        words = self.tokens.weight[: self.digits * self.n_codes].unflatten(0, (self.digits, -1))
+        vectors = torch.bmm(codes.transpose(0, 1), words).transpose(0, 1)  # [U, L, d]
+        soft = F.embedding(place, vectors.flatten(1))
+        memory, start = self.read_softly(newest, soft)
+        return {"digits": self.target_loss(batch, memory, start)} | parts
+
+    def read_softly(self, batch: Batch, soft: Tensor) -> tuple[Memory, Tensor]:
+        """`read` with token vectors [B, T, L d] in place of the codes of the history."""
         rows, present = self.history_rows(batch)
-        x = F.pad(self.soft_tokens(batch.items).flatten(1, 2), (0, 0, 0, 1))  # [B, T L + 1, d]
+        x = F.pad(soft.unflatten(2, (self.digits, -1)).flatten(1, 2), (0, 0, 0, 1))
         place = torch.arange(rows.shape[1], device=rows.device)
         ends = place == (batch.lengths * self.digits)[:, None]
         return self.network.encode(torch.where(ends[:, :, None], self.tokens(rows), x), present)
 
-    def soft_tokens(self, items: Tensor) -> Tensor:
-        """Token vectors of items [B, T], with a gradient for the tokenizer: [B, T, L, d]."""
-        distinct, place = items.unique(return_inverse=True)
-        rows = (distinct - 1).clamp(min=0)
-        inputs, known = self.inputs[rows], self.present[rows].any(1)
-        with torch.autocast(inputs.device.type, enabled=False):  # half precision changes codes
-            codes = self.tokenizer.soft_codes(inputs, self.own.softness)
-            drawn = F.one_hot(self.drawn[rows], self.n_codes).to(codes.dtype)
-            codes = torch.where(known[:, None, None], codes, drawn)
-        words = self.tokens.weight[: self.digits * self.n_codes].unflatten(0, (self.digits, -1))
-        vectors = torch.bmm(codes.transpose(0, 1), words).transpose(0, 1)  # [U, L, d]
-        return F.embedding(place, vectors.flatten(1)).unflatten(2, (self.digits, -1))
-
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy of the next ID; in stage two also .5 L_recon + .5 L_aux on the items."""
-        parts = super().loss(batch)
-        if self.training and self.tuning:
-            rows = batch.items[batch.items > 0].unique() - 1
-            weight = self.own.tune
-            auxiliary = weight if self.own.aux else 0.0
-            inputs, present = self.inputs[rows], self.present[rows]
-            with torch.autocast(inputs.device.type, enabled=False):  # as in `soft_tokens`
-                parts |= self.tokenizer.losses(inputs, present, weight, auxiliary, _TUNED_CODEBOOK)
-        return parts
+    def soft_codes(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """Codes of items `rows` [U], with a gradient for the tokenizer: [U, L, K]."""
+        codes = self.tokenizer.soft_codes(latents, self.own.softness)
+        drawn = F.one_hot(self.drawn[rows], self.n_codes).to(codes.dtype)
+        return torch.where(self.present[rows].any(1)[:, None, None], codes, drawn)
 
 
 def _input_widths(config: Config, catalogue: Any) -> list[int]:

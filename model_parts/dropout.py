@@ -74,4 +74,5 @@ def attend(
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask
-    return drop(torch.softmax(scores, dim=-1), rate) @ values
+    # mixed precision takes the softmax in float32: dropped after it is back to that of the values
+    return drop(torch.softmax(scores, dim=-1).to(values.dtype), rate) @ values

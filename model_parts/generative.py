@@ -201,13 +201,16 @@ class Seq2SeqRecommender(GenerativeRecommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of the next item's digits, each given the true ones before it."""
-        memory, start = self.read(batch)
+        return {"digits": self.target_loss(batch, *self.read(batch))}
+
+    def target_loss(self, batch: Batch, memory: Memory, start: Tensor) -> Tensor:
+        """That loss, given the history as the network remembers it."""
         codes = self.target_codes(batch)
         given = torch.cat(
             [start[:, 0], self.tokens(self.code_rows(codes))[:, :-1]], dim=1
         )  # [B, L, d]
         states, _ = self.network.decode(given[:, None], memory)
-        return {"digits": self.digit_loss(states[:, 0], codes)}
+        return self.digit_loss(states[:, 0], codes)
 
 
 def newest_items(batch: Batch, history: int) -> Batch:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from model_parts.backbone import PreNormBlock, check_window
 from model_parts.dropout import Dropout, attend
+from model_parts.rms_norm import RMSNorm
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -65,8 +66,8 @@ class EncoderDecoder(nn.Module):
         self.decoder = nn.ModuleList(_Layer(*sizes, cross=True) for _ in range(layers))
         self.encoder_positions = RelativePositions(heads, width, both_ways=True)
         self.decoder_positions = RelativePositions(heads, width, both_ways=False)
-        self.encoder_norm = nn.RMSNorm(width, eps=1e-6)
-        self.decoder_norm = nn.RMSNorm(width, eps=1e-6)
+        self.encoder_norm = RMSNorm(width, eps=1e-6)
+        self.decoder_norm = RMSNorm(width, eps=1e-6)
         self.dropout = Dropout(dropout)
 
     def encode(self, x: Tensor, present: Tensor) -> tuple[Memory, Tensor]:
@@ -102,13 +103,13 @@ class _Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.own = _Attention(width, heads, head_width, dropout)
-        self.own_norm = nn.RMSNorm(width, eps=1e-6)
+        self.own_norm = RMSNorm(width, eps=1e-6)
         if cross:
             self.cross = _Attention(width, heads, head_width, dropout)
-            self.cross_norm = nn.RMSNorm(width, eps=1e-6)
+            self.cross_norm = RMSNorm(width, eps=1e-6)
         self.expand = _linear(width, inner, width**-0.5)
         self.contract = _linear(inner, width, inner**-0.5)
-        self.feed_forward_norm = nn.RMSNorm(width, eps=1e-6)
+        self.feed_forward_norm = RMSNorm(width, eps=1e-6)
         self.dropout = Dropout(dropout)
 
     def read(self, x: Tensor, bias: Tensor) -> Tensor:

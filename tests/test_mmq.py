@@ -104,8 +104,8 @@ def test_reconstruction_terms_by_hand() -> None:
 def test_terms_are_weighted_and_without_weight_left_out() -> None:
     made = tokenizer()
     x, present = items(20)
-    full = made.losses(x, present, 12.0, 10.0)
-    half = made.losses(x, present, 6.0, 0.0)
+    full = made.losses(made.latents(x), x, present, 12.0, 10.0)
+    half = made.losses(made.latents(x), x, present, 6.0, 0.0)
     assert full.keys() == {"recon", "codebook", "aux"} and half.keys() == {"recon", "codebook"}
     torch.testing.assert_close(full["recon"], 2 * half["recon"])
 
@@ -113,7 +113,7 @@ def test_terms_are_weighted_and_without_weight_left_out() -> None:
 def test_the_reconstruction_reaches_experts_through_the_quantiser() -> None:
     made = tokenizer()
     x, present = items(20)
-    made.losses(x, present, 1.0, 1.0)["recon"].backward()
+    made.losses(made.latents(x), x, present, 1.0, 1.0)["recon"].backward()
     gradient = made.shared.last.grad
     assert gradient is not None and float(gradient.abs().sum()) > 0
     assert made.quantiser.codebooks.grad is None or not made.quantiser.codebooks.grad.any(), (
@@ -143,9 +143,9 @@ def usage(codes: torch.Tensor, n_codes: int) -> float:
 def test_stage_one_rebuilds_items_and_uses_its_codebooks() -> None:
     x, present = items(400)
     made = tokenizer()
-    before = sum(made.losses(x, present, 1.0, 1.0).values())
+    before = sum(made.losses(made.latents(x), x, present, 1.0, 1.0).values())
     train_tokenizer(made, x, present, random())
-    parts = made.losses(x, present, 1.0, 1.0)
+    parts = made.losses(made.latents(x), x, present, 1.0, 1.0)
     assert sum(parts.values()).item() < 0.5 * before.item()
     codes = made.encode(x)
     assert usage(codes, 16) > 0.95
@@ -177,7 +177,7 @@ def _set(made: SharedSpecificTokenizer, words: torch.Tensor) -> None:
 def test_soft_codes_are_one_hot_in_value_and_soft_in_gradient() -> None:
     made = tokenizer()
     x, _ = items(9)
-    codes = made.soft_codes(x, 0.1)
+    codes = made.soft_codes(made.latents(x), 0.1)
     hard = F.one_hot(made.encode(x), 16).float()
     torch.testing.assert_close(codes, hard)
     table = torch.randn(16, generator=random())
