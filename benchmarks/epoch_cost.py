@@ -3,9 +3,9 @@
     python benchmarks/epoch_cost.py --dataset ../shared/data/beauty --model sasrec,bsarec,pmat,rpg
     python benchmarks/epoch_cost.py --dataset ../shared/data/beauty --model tiger --plain
 
-With `--plain` every model is timed three times: with PyTorch's own dropout in float32, which the
-ratio then refers to, with this project's (`model_parts/dropout.py`), which differs on a CPU only,
-and with that and mixed precision, which a CPU without bf16 does not have.
+With `--plain` every model is timed three times: with PyTorch's own dropout and RMSNorm in float32,
+which the ratio then refers to, with this project's (`model_parts/dropout.py`, `rms_norm.py`), which
+differ on a CPU only, and with these and mixed precision, which a CPU without bf16 does not have.
 
 Every model has its preset (`--set` changes all of them): batch size and examples differ, so an
 epoch is what the model needs to see all train data once. Stage one is printed beside, not counted.
@@ -24,7 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,6 +35,7 @@ from experiments.runs import Task, load_task, model_class, stage_one
 from experiments.training import Trainer
 from model_parts import dropout
 from model_parts.base import Recommender
+from model_parts.rms_norm import RMSNorm
 from util import UserError, pick_device, seed_everything
 
 
@@ -67,9 +68,10 @@ def prepared(config: Config, task: Task, device: torch.device) -> tuple[Recommen
 
 
 class Way(NamedTuple):
-    """How steps are computed: the dropout, and the type of mixed precision."""
+    """How steps are computed: the dropout, the norm, and the type of mixed precision."""
 
     drop: Callable[[Tensor, float], Tensor]
+    norm: Callable[[nn.RMSNorm, Tensor], Tensor]
     autocast: torch.dtype | None
 
 
@@ -90,12 +92,13 @@ def cost(config: Config, task: Task, steps: int, plain: bool = False) -> dict[st
                 f"{model.name}: train.batch_size={config.train.batch_size} takes all data in one "
                 "step, and the first is not timed; --set train.batch_size to less."
             )
-        ways = {model.name: Way(dropout.drop, trainer.autocast)}
+        own = dropout.drop, RMSNorm.forward
+        ways = {model.name: Way(*own, trainer.autocast)}
         if plain:
             ways = {
-                f"{model.name}, plain": Way(F.dropout, None),
-                "+ dropout": Way(dropout.drop, None),
-                "+ mixed": Way(dropout.drop, trainer.autocast),
+                f"{model.name}, plain": Way(F.dropout, nn.RMSNorm.forward, None),
+                "+ dropout, norm": Way(*own, None),
+                "+ mixed": Way(*own, trainer.autocast),
             }
         lengths = trainer.examples.lengths * (1 if model.bucketed else 0)
         order = bucketed_order(lengths, config.train.batch_size, np.random.default_rng(0))
@@ -105,7 +108,10 @@ def cost(config: Config, task: Task, steps: int, plain: bool = False) -> dict[st
         for batch in trainer._batches(order[: steps + 1]):
             for label, way in ways.items():
                 trainer.autocast = way.autocast
-                with patch.object(dropout, "drop", way.drop):
+                with (
+                    patch.object(dropout, "drop", way.drop),
+                    patch.object(RMSNorm, "forward", way.norm),
+                ):
                     start = time.perf_counter()  # a step ends with a read from the device
                     trainer._step(*batch)
                 seconds[label].append(time.perf_counter() - start)

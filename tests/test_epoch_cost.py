@@ -18,7 +18,7 @@ def test_the_first_model_is_the_measure(capsys, small_flags):
 def test_what_makes_it_faster_is_timed_against_going_without(capsys, small_flags):
     main(["--model", "tiger", "--plain", "--steps", "2", *small_flags])
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert [line[:18].strip() for line in lines] == ["tiger, plain", "+ dropout", "+ mixed"]
+    assert [line[:18].strip() for line in lines] == ["tiger, plain", "+ dropout, norm", "+ mixed"]
     assert lines[0].split()[-1] == "1.00"
 
 
