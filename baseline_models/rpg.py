@@ -110,17 +110,18 @@ class RPG(Recommender):
             white, present = item_vectors(modalities, in_train, self.own.pca, whiten=True)
             codes[present] = self._quantise(white, in_train & present, generator)[present]
         elif self.own.start_from_codewords:  # as long as they would be, so that only codes differ
+            rows = torch.randn(len(self.tokens.weight) - 2, self.own.width, generator=generator)
             with torch.no_grad():
-                self.tokens.weight[1:-1].normal_(std=_CODEWORD_STD, generator=generator)
+                self.tokens.weight[1:-1] = rows.to(self.tokens.weight) * _CODEWORD_STD
         self.codes.copy_(codes)
         self.forget_graph()
 
     def _quantise(self, white: Tensor, fit_rows: Tensor, generator: torch.Generator) -> Tensor:
-        """White vectors [N, d] -> codes [N, m]: cut to a multiple of m, OPQ."""
+        """White vectors [N, d] -> codes [N, m]: filled up to a multiple of m, OPQ."""
         digits = self.own.digits
-        width = white.shape[1] - white.shape[1] % digits
-        # too few components for m digits: zeros fill up, and the quantiser mixes the directions
-        white = white[:, :width] if width else F.pad(white, (0, digits - white.shape[1]))
+        # zeros, since the last components are those of the last modality, none to spare; the
+        # quantiser mixes the directions
+        white = F.pad(white, (0, -white.shape[1] % digits))
         quantiser = ProductQuantiser(white.shape[1], digits, self.own.codes)
         codes = quantiser.fit(white[fit_rows], generator).encode(white)
         if self.own.start_from_codewords:

@@ -138,6 +138,8 @@ class Trainer:
         lengths = self.examples.lengths if self.model.bucketed else self.examples.lengths * 0
         order = bucketed_order(lengths, self.config.train.batch_size, rng)
         self.model.begin_epoch(epoch, torch_generator(seed, "epoch", epoch))
+        if world_size() > 1:  # codebooks and graphs made anew may differ by rounding
+            self.model.load_state_dict(from_first(self.model.state_dict()))
         self.model.train()
         watch, saved = Stopwatch(), time.monotonic()
         batches = prefetch(self._batches(order[progress.step :]), self.config.train.num_workers)

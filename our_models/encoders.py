@@ -22,10 +22,9 @@ from model_parts.fusion import (
     even_weights,
     nearest_grid_point,
     or_all,
-    simplex_grid,
 )
 from model_parts.quantisers import BlendQuantiser
-from our_models.tokenizer import digits_of_blends, item_latents, largest_divisor
+from our_models.tokenizer import digits_of_blends, grid_of_blends, item_latents, largest_divisor
 
 _ENCODER_WIDTH = 256
 
@@ -49,7 +48,7 @@ class ModalityEncoders(Recommender):
         n_modalities = config.n_modalities(catalogue) + sizes.with_behaviour
         width = sizes.latent
         k = min(self.own.neighbours, max(n_items - 1, 1))
-        self.register_buffer("grid", simplex_grid(n_modalities, sizes.grid))
+        self.register_buffer("grid", grid_of_blends(n_modalities, sizes))
         self.register_buffer("counts", torch.ones(n_items))
         self.register_buffer("inputs", torch.zeros(n_items, n_modalities, width))
         self.register_buffer("present", torch.ones(n_items, n_modalities, dtype=torch.bool))
@@ -174,14 +173,18 @@ class ModalityEncoders(Recommender):
         return atlas
 
     def score(self, batch: Batch) -> Tensor:
-        """[B, N]: queries with the codewords of each item's ID, as the user sees it."""
+        """[B, N]: queries with the codewords of each item's ID, as the user sees it.
+
+        Codewords are as long as the weights of the modalities that the item has, as in the loss.
+        """
         query, alpha = self.users(batch)  # alpha counts once: in the codes here, in q in the loss
         points, atlas = self._points(alpha), self.atlas()
+        lengths = (alpha.square() @ or_all(self.present).to(alpha.dtype).T).sqrt()  # [B, N]
         scores = query.new_zeros(points.shape)
         for point in points.unique().tolist():  # one [B, N] of scores at a time
             found = self._cosines(query, self.quantiser.decode(atlas[point]))
             scores = torch.where(points == point, found, scores)
-        return scores
+        return scores * lengths
 
     def _points(self, alpha: Tensor) -> Tensor:
         """Blend under which users of weights [B, M] see each item, [B, N]: modalities that an item

@@ -162,17 +162,17 @@ class PMATWithMCRL(PMAT):
         """Stage one: MCRL's encoders on random train prefixes; IDs are made of what they say."""
         super().learn_latents(data, generator)
         self.mcrl.start_from(self.counts, self.latents, self.present, generator)
-        self._learn_encoders(data, generator)
+        prefixes = RandomPrefixes(data.train, self.mix.window)
+        if not (self.mix.stage_one_epochs and len(prefixes)):
+            return  # what encoders make of items before they have learnt is noise
+        self._learn_encoders(prefixes, generator)
         everything = torch.arange(data.n_items, device=self.counts.device)
         with torch.no_grad():
             self.latents.copy_(self.mcrl.encoded(everything))
 
-    def _learn_encoders(self, data: TrainingData, generator: torch.Generator) -> None:
-        prefixes = RandomPrefixes(data.train, self.mix.window)
-        size = self.mix.stage_one_batch
+    def _learn_encoders(self, prefixes: RandomPrefixes, generator: torch.Generator) -> None:
+        size = min(self.mix.stage_one_batch, len(prefixes))
         steps = self.mix.stage_one_epochs * len(prefixes) // size
-        if not steps:
-            return
         self.mcrl.requires_grad_(True)
         optimiser = torch.optim.AdamW(self.mcrl.parameters(), lr=self.mix.stage_one_lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)

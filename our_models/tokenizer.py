@@ -9,6 +9,7 @@ with `pmat.with_behaviour`, one made of train histories.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from model_parts.quantisers import BlendQuantiser, ProductQuantiser, whitened_pc
 _WINDOW = 5
 # Length of a behaviour vector, in units of the mean, of an item that met others by chance only.
 _NEGLIGIBLE = 1e-3
+# Blends at most, of which each has codes of all items.
+_MOST_BLENDS = 2000
 
 
 class PersonalTokenizer(Recommender):
@@ -52,7 +55,7 @@ class PersonalTokenizer(Recommender):
                 f"pmat.shared_digits={own.shared_digits} is more than the {n_modalities} x "
                 f"{own.latent} numbers they cut up (modalities x pmat.latent)"
             )
-        grid = simplex_grid(n_modalities, own.grid)
+        grid = grid_of_blends(n_modalities, own)
         if own.personalised == "none":  # even, though thirds are no multiples of a half
             if own.grid < min(n_modalities, 2):
                 raise ValueError("pmat.personalised=none needs pmat.grid=2 or more")
@@ -144,6 +147,20 @@ class PersonalTokenizer(Recommender):
     def describe(self) -> dict[str, Any]:
         """Adds the number of blends and the digits of an ID."""
         return super().describe() | {"blends": len(self.grid), "digits": self.n_digits}
+
+
+def grid_of_blends(n_modalities: int, own: PMATConfig) -> Tensor:
+    """Blends of modalities with steps of 1 / pmat.grid, [G, M].
+
+    Raises ValueError where they are too many for codes of all items under each of them.
+    """
+    count = math.comb(own.grid + n_modalities - 1, n_modalities - 1)
+    if count > _MOST_BLENDS:
+        raise ValueError(
+            f"pmat.grid={own.grid} gives {count:,} blends of {n_modalities} modalities, and all "
+            f"items have codes under each; set it so low that there are {_MOST_BLENDS:,} at most"
+        )
+    return simplex_grid(n_modalities, own.grid)
 
 
 def item_latents(

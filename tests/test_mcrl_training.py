@@ -348,6 +348,32 @@ def test_scores_rank_as_the_user_level_trains(made, task) -> None:
     assert torch.equal(scored.argsort(1), trained_on.argsort(1))
 
 
+def test_items_that_lack_modalities_score_as_the_user_level_trains(made, task) -> None:
+    model = made("mcrl").eval()
+    for m, rows in enumerate((slice(0, 20), slice(20, 40))):  # one modality each
+        model.present[rows] = torch.arange(model.present.shape[1]) == m
+    batch = examples(model, task)
+    with torch.no_grad():
+        items = model.encoded(torch.arange(len(model.counts)))
+        query, alpha = model.users(batch)
+        trained_on = model._cosines(query * alpha[:, :, None], items)[:, :40]
+        model.atlas = lambda: model.grid[:, None, :]  # codes that lose nothing
+        model.quantiser.decode = lambda blend: F.normalize(
+            (items * blend[..., None]).flatten(1), dim=1
+        ).view_as(items)
+        scored = model.score(batch)[:, :40]
+    ratio = scored / trained_on
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_latents_are_those_of_pmat_unless_stage_one_learns(made, epochs: int) -> None:
+    sizes = {"mcrl.stage_one_epochs": epochs, "mcrl.stage_one_batch": 100_000}
+    plain, joint = made("pmat"), made("pmat_mcrl", sizes)
+    same = torch.equal(plain.latents, joint.latents)
+    assert same == (epochs == 0), "a batch larger than the data is one step an epoch"
+
+
 @pytest.mark.parametrize("fusion", ["early", "late"])
 def test_digits_that_do_not_cut_a_latent_are_named_or_made_to_fit(tiny, task, fusion: str) -> None:
     settings = {"pmat.personal_digits": 6, "pmat.latent": 16, "pmat.fusion": fusion}
@@ -375,8 +401,8 @@ def test_mcrl_codes_items_by_the_modalities_they_have(made, task) -> None:
     everything = torch.arange(len(model.counts))
     batch = examples(model, task)
     n = len(batch.users)
-    alpha = torch.zeros(n, len(model.encoders))
-    alpha[:, 0] = 1.0  # all weight on a modality that some items lack
+    alpha = torch.full((n, len(model.encoders)), 0.01)
+    alpha[:, 0] = 1 - alpha[:, 1:].sum(1)  # nearly all on a modality that some items lack
     model.users = lambda _: (torch.randn(n, *model.inputs.shape[1:], generator=random()), alpha)
     lacking = everything[~model.present[:, 0] & model.present.any(1)]
     assert len(lacking) > 2

@@ -155,6 +155,11 @@ def test_weights_learn_from_the_next_blends(made) -> None:
     assert score.item() == pytest.approx(by_blend[here].item(), abs=1e-5)
 
 
+def test_a_grid_of_too_many_blends_is_refused(tiny, task) -> None:
+    with pytest.raises(ValueError, match=r"pmat.grid=64 gives .* blends of 3 modalities"):
+        PMAT(tiny("pmat", {"pmat.grid": 64, "pmat.with_behaviour": True}), task.dataset.catalogue)
+
+
 def test_candidates_are_raised_by_their_chance_to_be_there(made) -> None:
     model = made({"pmat.negatives": 10})
     model.counts.copy_(torch.arange(1, 51))

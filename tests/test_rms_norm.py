@@ -59,3 +59,11 @@ def test_mixed_precision_gives_what_a_linear_layer_makes_of_it() -> None:
     found.float().square().sum().backward()
     assert x.grad.dtype == torch.float32
     assert own.weight.grad.dtype == torch.float32
+
+
+def test_what_it_cannot_do_is_refused_rather_than_wrong() -> None:
+    norm = RMSNorm(4, eps=1e-6)
+    x = torch.randn(4, requires_grad=True)
+    (slope,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

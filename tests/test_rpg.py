@@ -191,6 +191,21 @@ def test_fewer_components_than_digits_still_tell_items_apart(columns: int, digit
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("digits", [4, 8])
+def test_no_modality_is_left_out_when_digits_do_not_divide_the_components(digits: int) -> None:
+    draw, known = np.random.default_rng(1), np.ones(N_ITEMS, dtype=bool)
+
+    def features(width: int) -> tuple[np.ndarray, np.ndarray]:
+        return draw.normal(size=(N_ITEMS, width)).astype(np.float32), known
+
+    text, audio, other = features(9), features(2), features(2)
+    codes = [
+        make_model(make_data(text=text, audio=last), digits=digits, pca=0, features="all").codes
+        for last in (audio, other)
+    ]
+    assert not torch.equal(*codes)
+
+
 def test_scores_are_mean_log_probabilities_of_digits() -> None:
     model, batch = make_model(), make_batch()
     states = model.encode(batch)
