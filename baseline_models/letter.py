@@ -14,8 +14,9 @@ Differs: h comes from co-occurrence in train (factorised PMI, seconds) instead o
 clusters of codewords are plain k-means, not bounded in size, and a codeword alone in its cluster
 has no L_div; all items that chose a codeword in a step share its random positive; collisions are
 mended greedily (the nearest free last code) instead of with Sinkhorn's algorithm; codebooks are
-fitted anew every 50 steps, by k-means, since latents run away from codewords that AdamW moves; a
-number of steps instead of 20,000 epochs. alpha is 1 in the presets: with the paper's .02
+fitted anew every 50 steps, by k-means, since latents run away from codewords that AdamW moves, so
+that L_div, which moves codewords alone, has little left to say; a number of steps instead of 20,000
+epochs. alpha is 1 in the presets: with the paper's .02
 L_CF hardly moves an ID here, where features have variance 1. Generator: see tiger.py (no text
 vocabulary).
 Checked against: Beauty R@10 .0672 / N@10 .0364 (paper), .0645 / .0343 (Cornac's re-run of the
