@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,9 @@ class Full:
     size_seconds: float = number(
         20.0, 0.0, 1e6, "stop after a catalogue size that took longer to prepare"
     )
-    case_users: int = number(3, 1, 100, "users of the case study, at least; one for each modality")
+    case_users: int = number(
+        3, 1, 100, "users of the case study, or one for each modality if these are more"
+    )
 
 
 # --------------------------------------------------------------------------- models
@@ -992,6 +995,8 @@ def _check_together(config: Config) -> None:
     if config.mock.history_max < config.mock.history_min:
         raise ConfigError("mock.history_max is smaller than mock.history_min.")
     for name, width in config.mock.dims.items():
+        if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+            raise ConfigError(f"mock.dims: {name!r} is no name; use letters, digits, - and _.")
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ConfigError(f"mock.dims: {name} wants a width of 1 or more, not {width!r}.")
     for section in dataclasses.fields(config):

@@ -246,6 +246,7 @@ def environment(device: torch.device, amp: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "training": str(half or torch.float32).removeprefix("torch."),
@@ -253,14 +254,30 @@ def environment(device: torch.device, amp: str) -> dict[str, Any]:
     }
 
 
+def machine_name(found: dict[str, Any]) -> str:
+    """The device of an `environment`; of a CPU the kind, where it is known."""
+    kind = found.get("processor", "")
+    return f"cpu ({kind})" if found["device"] == "cpu" and kind else found["device"]
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    return platform.processor()
+
+
 def reset_peak_memory(device: torch.device) -> float:
-    """Let `peak_memory_mb` start anew, where the system can (CUDA, Linux); returns where it starts:
-    what the process holds already."""
+    """Let `peak_memory_mb` start anew; returns where it starts, what the process holds already, or
+    NaN where the system cannot (it can with CUDA and on Linux)."""
     if device.type == "cuda":
         torch.cuda.init()  # the statistics are no more there than the device before this
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return float("nan")
     return peak_memory_mb(device)
 
 

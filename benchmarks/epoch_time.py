@@ -68,9 +68,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_number("--steps", 12, "timed steps of each form")
     parser.add_number("--batch_size", 128, "users of a step")
     asked = parser.parse_args(arguments)
-    config = build_config({"sasrec.dropout": 0.0, "data.features": "none"}, model="sasrec")
+    given = {"sasrec.dropout": 0.0, "data.features": "none"}
+    where = {"data.dataset": asked.dataset} if asked.dataset else {}
+    config = build_config(given | where, model="sasrec")
     if asked.dataset:
-        config.data.dataset = asked.dataset
         task = load_task(config)
         train, n_items = task.split.train, task.dataset.catalogue.n_items
     else:

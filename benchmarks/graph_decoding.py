@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
         if walk:
             own.beams, own.edges, own.steps = walk
             model.forget_graph()
+            start = time.perf_counter()
+            model.graph()
+            print(f"graph built in {time.perf_counter() - start:.1f} s", flush=True)
         start = time.perf_counter()
         found = evaluate(model, split.train_and_valid, test, config, torch.device("cpu"))
         seconds = time.perf_counter() - start

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.command import Parser, command
 from config import build_config
-from experiments.runs import RANKS, load_task, split_name
+from experiments.modes import slug
+from experiments.runs import RANKS, load_task, ordered_by_time, split_name
 from metrics import Ranks, paired_bootstrap, per_user
 from util import UserError, write_json, write_yaml
 
@@ -36,13 +37,21 @@ LOCAL = {"run": ("save_dir", "log_dir", "device"), "data": ("data_dir",)}  # of 
 
 
 def keep(run: Path, place: Path, label: str) -> Path:
-    """Copy one run folder; returns the folder of the record. Raises UserError for a record."""
+    """Copy one run folder; returns the folder of the record. An ablation is labelled by its name.
+
+    Raises UserError for a record, and where another run has that place already.
+    """
     with np.load(run / RANKS, allow_pickle=False) as ranks:
         if "masked" not in ranks:
             raise UserError(f"{run} is a record already, not the folder of a run.")
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    label = label or slug(metrics["label"])
     name = metrics["model"] + (f"-{label}" if label else "")
     record = place / f"{name}_seed{metrics['seed']}"
+    if (record / "metrics.json").exists():
+        known = json.loads((record / "metrics.json").read_text(encoding="utf-8"))
+        if known["test"] != metrics["test"]:
+            raise UserError(f"{record} is the record of another run; give this one a --label.")
     record.mkdir(parents=True, exist_ok=True)
     for file in KEPT:
         if (run / file).exists():
@@ -130,6 +139,7 @@ def restore(place: Path, folder: Path, dataset: str, mode: str) -> None:
         name = record.name.rpartition("_seed")[0]
         result["label"] = name.removeprefix(result["model"]).removeprefix("-").replace("-", " ")
         result["protocol"]["split"] = split_name(task.dataset)  # as it is called now
+        result["protocol"]["timed"] = ordered_by_time(task.dataset)
         ranks = unpack(record)
         checksum = ranks.pop("targets_crc32", None)  # older records have none
         same = np.array_equal(ranks["users"], owners) and checksum in (None, _checksum(test.items))

@@ -42,6 +42,10 @@ def tokenized(config: Config, task: Task) -> tuple[dict[str, float] | None, floa
     return measured_ids(model, task.dataset, task.split.train, config), seconds
 
 
+def _concerns(change: str, name: str) -> bool:
+    return change.partition(".")[0] in name.split("_")  # pmat_mcrl has the settings of both
+
+
 @command
 def main(arguments: list[str] | None = None) -> None:
     """Tokenize and print."""
@@ -63,10 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
         model_class(name)  # refuses a misspelt one before the others are tokenized
     for change in asked.vary:  # a misspelt one would have no line
         build_config(given | read_pairs([change]))
+        if not any(_concerns(change, name) for name in models):
+            raise UserError(f"--vary {change} is a setting of no model in --model {asked.model}.")
     task = load_task(build_config(given))
     print(f"{'':32s}" + "".join(f"{name:>11s}" for name in COLUMNS.values()) + f"{'seconds':>9s}")
     for name in models:
-        for change in ("", *(v for v in asked.vary if v.startswith(f"{name}."))):
+        for change in ("", *(v for v in asked.vary if _concerns(v, name))):
             config = build_config(given | read_pairs([change] if change else []), model=name)
             found, seconds = tokenized(config, task)
             if found is None:

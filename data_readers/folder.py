@@ -15,6 +15,7 @@ from data_readers import cache
 from data_readers.features import find_features, load_modality
 from data_readers.interactions import DEFAULTS, Interactions, Options, arrange
 from data_readers.parsing import (
+    CSV,
     ID,
     REAL,
     TEXT,
@@ -22,14 +23,14 @@ from data_readers.parsing import (
     Table,
     check_ids,
     dataset_name,
-    header,
     read_table,
+    refuse_misnamed_times,
 )
 from data_readers.tables import Catalogue, Dataset
 from util import UserError
 
-TIMES = {"timestamp", "timestamps", "time", "ts", "date", "datetime", "unixreviewtime"}
 LONGEST_TITLE = 10_000  # characters; beyond it a quote was left open and swallowed the rows below
+_KEPT_TITLE = 200  # characters: all titles take the room of the longest one
 
 
 class ItemRows(NamedTuple):
@@ -63,7 +64,7 @@ def _build(path: Path, name: str, features: dict[str, Path], options: Options, k
     columns = {"user_id": ID, "item_id": ID, "timestamp": WHOLE, "rating": REAL}
     table = read_table(path / "interactions.csv", columns, optional=("timestamp", "rating"))
     if "timestamp" not in table.frame:
-        _refuse_misnamed_times(path / "interactions.csv")
+        refuse_misnamed_times(path / "interactions.csv", CSV)
     user_codes, user_ids = _by_appearance(table.frame["user_id"])
     items = read_items(path / "items.csv") if (path / "items.csv").is_file() else None
     if items is None:
@@ -90,20 +91,10 @@ def _build(path: Path, name: str, features: dict[str, Path], options: Options, k
     return Dataset(name, users, arranged.sequences, catalogue, arranged.labels, None, key)
 
 
-def _refuse_misnamed_times(path: Path) -> None:
-    """Without times the order of the file counts: never because a column has another name."""
-    for name in header(path):
-        if name.lower().replace("_", "") in TIMES:
-            raise UserError(
-                f"{path}, line 1: column {name!r} looks like times; call it 'timestamp', or remove "
-                "it if the order of the rows is to count."
-            )
-
-
 def read_items(path: Path) -> ItemRows:
     """Ids, titles and coarse categories of items.csv. Raises UserError for an id given twice."""
-    columns = {"item_id": TEXT, "title": TEXT, "categories": TEXT, "genres": TEXT}
-    table = read_table(path, columns, optional=("title", "categories", "genres"))
+    columns = dict.fromkeys(("item_id", "title", "categories", "category", "genres"), TEXT)
+    table = read_table(path, columns, optional=tuple(columns)[1:])
     ids = table.frame["item_id"]
     check_ids(table, "item_id", ids, np.arange(len(ids)))
     twice = ids.duplicated().to_numpy()
@@ -118,12 +109,14 @@ def read_items(path: Path) -> ItemRows:
     if not short.all():
         problem = f"is longer than {LONGEST_TITLE} characters; look for an unclosed quote"
         raise table.fault(int(np.argmin(short)), "title", problem)
-    if "categories" in table.frame:  # "Beauty > Makeup > Nails": the second level tells most
-        parts = table.frame["categories"].str.split(">", n=2)
+    own = next((name for name in ("categories", "category") if name in table.frame), "")
+    if own:  # "Beauty > Makeup > Nails": the second level tells most
+        parts = table.frame[own].str.split(">", n=2)
         labels = parts.str[1].fillna(parts.str[0])
     else:
         labels = table.frame.get("genres", nothing).str.split("|", n=1).str[0]
-    return ItemRows(*(_text_array(column) for column in (ids, titles, labels.str.strip())))
+    short = (column.str.strip().str[:_KEPT_TITLE] for column in (titles, labels))
+    return ItemRows(*(_text_array(column) for column in (ids, *short)))
 
 
 def _by_appearance(column: pd.Series) -> tuple[np.ndarray, np.ndarray]:

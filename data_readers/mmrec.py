@@ -13,7 +13,16 @@ import pandas as pd
 from data_readers import cache
 from data_readers.features import find_features, load_modality, open_features
 from data_readers.interactions import DEFAULTS, Interactions, Options, arrange
-from data_readers.parsing import ID, REAL, WHOLE, Form, Table, dataset_name, read_table
+from data_readers.parsing import (
+    ID,
+    REAL,
+    WHOLE,
+    Form,
+    Table,
+    dataset_name,
+    read_table,
+    refuse_misnamed_times,
+)
 from data_readers.tables import TEST, TRAIN, VALID, Catalogue, Dataset
 from util import UserError
 
@@ -59,6 +68,8 @@ def _build(
     table = read_table(
         source, columns, form=Form("\t"), optional=("rating", "timestamp", "x_label")
     )
+    if "timestamp" not in table.frame:
+        refuse_misnamed_times(source, Form("\t"))
     codes, seen = pd.factorize(table.frame["userID"].cat.codes.to_numpy())
     user_ids = np.asarray(table.frame["userID"].cat.categories[seen], dtype=object).astype(str)
     items = table.whole("itemID")

@@ -21,6 +21,11 @@ ID, TEXT, WHOLE, REAL = "category", "object", "int64", "float64"
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _INT64_LIMIT = 2.0**63
+# Words in the name of a column that holds times.
+_TIMES = {
+    "timestamp", "timestamps", "time", "times", "ts", "date", "datetime", "created", "unixtime",
+    "reviewtime", "unixreviewtime",
+}  # fmt: skip
 
 
 class Form(NamedTuple):
@@ -158,6 +163,17 @@ def header(path: Path, form: Form = CSV) -> list[str]:
     if twice:
         raise UserError(f"{path}, line 1: column {twice[0]!r} appears twice; rename one of them.")
     return names
+
+
+def refuse_misnamed_times(path: Path, form: Form) -> None:
+    """Without times the order of the file counts: never because a column has another name."""
+    for name in header(path, form):
+        words = set(re.findall("[a-z]+", name.lower()))  # of unix_timestamp, timestamp:float, ...
+        if words & _TIMES:
+            raise UserError(
+                f"{path}, line 1: column {name!r} looks like times; call it 'timestamp', or remove "
+                "it if the order of the rows is to count."
+            )
 
 
 def _parse(path: Path, form: Form, header: list[str], kinds: dict[str, str]) -> pd.DataFrame:

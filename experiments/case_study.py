@@ -38,7 +38,7 @@ def write_case_study(found: list[Entry], task: Task, folder: Path) -> None:
         weights = modality_weights(model, histories, users, config)
         if weights is not None:
             shown = max(config.full.case_users, weights.shape[1])
-            users = extreme_users(users, weights)[:shown]
+            users = extreme_users(users, weights, shown)[:shown]
             said = {"protocol": protocol(entry.runs[:1])}
             write_json(folder / CASES, said | _cases(model, config, task, users))
             return

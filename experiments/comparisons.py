@@ -15,6 +15,7 @@ from experiments.report import COLUMNS, Entry, Run, informed, protocol, ranks_of
 from experiments.runs import VALID_IN_GRAPH, Task
 from experiments.tables import P_VALUE, Column, Table
 from metrics import effect_size, holm, mean_std, paired_bootstrap
+from util import machine_name
 
 SIGNIFICANT = 0.05
 USERS_ONLY = "by a paired bootstrap over users, which leaves out how training runs differ"
@@ -296,7 +297,7 @@ def machine(run: Run) -> str:
     where = run.result["environment"]
     precision = where.get("training", "float32")
     begun = f", begun on {where['begun_on']}" if "begun_on" in where else ""
-    return f"{where['device']}, {where['threads']} threads, training in {precision}{begun}"
+    return f"{machine_name(where)}, {where['threads']} threads, training in {precision}{begun}"
 
 
 def _facts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,11 @@ def measured_speed(
     `latency_*` is one user at a time, `latency64_*` is 64 users at once; both count the way from
     histories in memory to lists in memory. `id_generation_ms` is the median time to code the whole
     catalogue for one user (null without semantic IDs; a look-up where IDs are the same for all).
-    `peak_memory_mb` is null for a resumed run, of which this process saw the end alone.
+    `peak_memory_mb` is null for a resumed run, of which this process saw the end alone, and where
+    the system does not tell.
     """
     model, device, progress = trainer.model, trainer.device, trainer.progress
+    grown = peak_memory_mb(device) - memory_before
     single, many = (latencies(model, histories, users, config, device, k, b) for b in CALLS)
     return {
         "parameters": model.describe()["parameters"],
@@ -48,7 +51,7 @@ def measured_speed(
         "best_epoch": progress.best_epoch,
         "id_generation_ms": _id_generation(model, histories, users, config, device),
         "throughput_users_per_second": throughput(max(CALLS) * len(many), float(sum(many))),
-        "peak_memory_mb": None if progress.resumed else peak_memory_mb(device) - memory_before,
+        "peak_memory_mb": None if progress.resumed or math.isnan(grown) else grown,
         **{f"latency_{name}": value for name, value in _summary(single).items()},
         **{f"latency64_{name}": value for name, value in _summary(many).items()},
     }

@@ -31,6 +31,7 @@ from util import (
     Stopwatch,
     UserError,
     environment,
+    machine_name,
     pick_device,
     rank,
     seed_everything,
@@ -102,7 +103,7 @@ def measure_sizes(request: Request, names: tuple[str, ...], task: Task, folder: 
 
 def _machine(config: Config) -> str:
     found = environment(pick_device(config.run.device), "off")
-    return f"{found['device']}, {found['threads']} threads"
+    return f"{machine_name(found)}, {found['threads']} threads"
 
 
 def _sizes_of(

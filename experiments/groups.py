@@ -63,7 +63,11 @@ def _by_gaps(task: Task, histories: Sequences, users: np.ndarray) -> dict[str, n
         return {}
     limit = np.quantile(gaps, 0.75)
     whole = gaps <= np.quantile(gaps, 0.25)
-    much = f"{100 * limit:.0f} % of history or more" if limit > 0 else "in any item of the history"
+    much = (
+        f"{100 * limit:.{0 if limit > 0.005 else 2}f} % of history or more"
+        if limit > 0
+        else "in any item of the history"
+    )
     return {
         f"modalities missing ({much})": (gaps >= limit) & ~whole,
         "modalities missing least": whole,

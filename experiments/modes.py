@@ -187,7 +187,7 @@ def ablation_jobs(request: Request, names: list[str], folder: Path) -> list[Job]
         for label, overrides in variants.items():
             if label and comparable(request.config(name, overrides)) == full:
                 continue
-            part = f"{name}--{_slug(label)}" if label else name
+            part = f"{name}--{slug(label)}" if label else name
             changes = {**overrides, "run.label": label} if label else {}
             jobs += [
                 Job(folder / f"{part}_seed{seed}", name, seed, changes)
@@ -196,7 +196,8 @@ def ablation_jobs(request: Request, names: list[str], folder: Path) -> list[Job]
     return jobs
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
+    """The name of an ablation as it stands in names of folders."""
     return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
 
 

@@ -138,14 +138,16 @@ def write_personal(
         _write_ids(folder / IDS, dataset, blocks)
 
 
-def extreme_users(users: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Those who weigh each modality most, USERS_PER_MODALITY of each, modalities taking turns.
+def extreme_users(
+    users: np.ndarray, weights: np.ndarray | None, each: int = USERS_PER_MODALITY
+) -> np.ndarray:
+    """Those who weigh each modality most, `each` of them, modalities taking turns.
 
     weights [E, M] of these users [E]; the first few users without weights.
     """
     if weights is None:
-        return users[:USERS_PER_MODALITY]
-    order = np.argsort(-weights, axis=0, kind="stable")[:USERS_PER_MODALITY]
+        return users[:each]
+    order = np.argsort(-weights, axis=0, kind="stable")[:each]
     return users[list(dict.fromkeys(order.ravel().tolist()))]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 from util import atomic_path
 
@@ -64,8 +64,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plain(text: str) -> str:
-    """Text of the user's data as a label: dollar signs begin no formula."""
-    return text.replace("$", r"\$")
+    """Text of the user's data as a label: dollar signs begin no formula, underscores hide none."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text  # legends leave such names out
 
 
 def _hide_rest(axes: np.ndarray, used: int) -> None:
@@ -303,10 +304,12 @@ def search_slices(trials: pd.DataFrame, logarithmic: list[str], path: Path) -> N
         )  # fmt: skip
 
 
-def _round_numbers(values: pd.Series) -> LogLocator:
+def _round_numbers(values: pd.Series) -> Locator:
     """Where a logarithmic axis has ticks: the closer together the values, the more."""
     spread = values.max() / values.min()
-    return LogLocator(subs=(1, 3) if spread > 100 else (1, 2, 5) if spread > 2.5 else range(1, 10))
+    if spread <= 2.5:
+        return MaxNLocator(3)
+    return LogLocator(subs=(1, 3) if spread > 100 else (1, 2, 5))
 
 
 def _slice(axis: Axes, trials: pd.DataFrame, name: str, logarithmic: bool) -> None:
@@ -314,8 +317,8 @@ def _slice(axis: Axes, trials: pd.DataFrame, name: str, logarithmic: bool) -> No
         trials = trials.assign(**{name: trials[name].astype(str)})
     for state, marker, colour in (("COMPLETE", "o", COLOURS[0]), ("PRUNED", "x", COLOURS[1])):
         part = trials[(trials["state"] == state) & trials["value"].notna()]
-        label = state.lower()
-        axis.scatter(part[name], part["value"], marker=marker, color=colour, s=18, label=label)
+        label = {"label": state.lower()} if len(part) else {}
+        axis.scatter(part[name], part["value"], marker=marker, color=colour, s=18, **label)
     if logarithmic:
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(_round_numbers(trials[name]))

@@ -154,7 +154,8 @@ def caption(run: dict[str, Any]) -> str:
     data, protocol = run["dataset"], run["protocol"]
     masking = "seen items masked" if protocol["mask_seen"] else "seen items not masked"
     split = protocol.get("split", "leave-one-out")
-    ties = "" if split == UNTIMED else f", {_TIES[protocol['tie_policy']]}"
+    timed = protocol.get("timed", split != UNTIMED)
+    ties = f", {_TIES[protocol['tie_policy']]}" if timed else ""
     split = {"leave-one-out": "time-ordered leave-one-out", UNTIMED: UNTIMED}.get(
         split, f"split {split}"
     )

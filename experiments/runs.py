@@ -68,8 +68,10 @@ def load_task(config: Config) -> Task:
     )  # fmt: skip
     if config.data.dataset == "movielens" and not config.data.edition:
         logger.info("Presets of one edition, such as those of ml-1m, come with data.edition=ml-1m.")
-    if split_name(dataset) == UNTIMED:
+    if not ordered_by_time(dataset):
         logger.info("There are no time stamps: the order of the rows of each user counts.")
+        if config.data.tie_policy == "shuffle":
+            logger.warning("data.tie_policy=shuffle changes nothing where there are no times.")
     split = split_dataset(dataset)
     if not len(split.valid.users) or not len(split.test.users):
         raise UserError(
@@ -268,6 +270,7 @@ def _result(
             "mask_seen": config.train.mask_seen,
             "tie_policy": config.data.tie_policy,
             "split": split_name(task.dataset),
+            "timed": ordered_by_time(task.dataset),
         },
         "valid": valid,
         "test": ranking_metrics(chosen) | extra,
@@ -283,8 +286,12 @@ def split_name(dataset: Dataset) -> str:
     """How the held-out items were chosen; the mock data come in the order they were made."""
     if dataset.labels is not None:
         return "of the source"
-    timed = dataset.truth is not None or dataset.sequences.timed
-    return "leave-one-out" if timed else UNTIMED
+    return "leave-one-out" if ordered_by_time(dataset) else UNTIMED
+
+
+def ordered_by_time(dataset: Dataset) -> bool:
+    """Whether histories are in the order of their times, not in that of the file."""
+    return dataset.truth is not None or dataset.sequences.timed
 
 
 def _with_valid_in_graph(

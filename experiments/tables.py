@@ -11,7 +11,6 @@ import pandas as pd
 
 from util import atomic_path
 
-WIDE = 9  # a LaTeX table with more columns is shrunk to the line; a column with ± counts twice
 P_VALUE = "p"  # form of a column: three decimals, and no 0, which no p is
 LONG = 40  # characters; a column with longer text gets lines of its own width
 
@@ -104,10 +103,8 @@ def _places(texts: list[str], values: list[Any], best: int) -> list[int]:
 
 
 def latex(table: Table) -> str:
-    """A booktabs table; needs the packages booktabs and, if it is wide, graphicx."""
+    """A booktabs table, shrunk to the line if it is wider; needs booktabs and graphicx."""
     rows = cells(table)
-    deviating = sum(any(row[c].deviation for row in rows) for c in range(len(table.columns)))
-    wide = len(table.columns) + deviating > WIDE
     shapes = [
         "p{6cm}" if any(len(r[c].text) > LONG for r in rows) else "lr"[c > 0]
         for c in range(len(table.columns))
@@ -118,7 +115,7 @@ def latex(table: Table) -> str:
         r"\small",
         rf"\caption{{{escape(table.title)}. {escape(table.caption)}}}",
         rf"\label{{tab:{table.name.replace('_', '-')}}}",
-        *([r"\resizebox{\linewidth}{!}{%"] if wide else []),
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{''.join(shapes)}}}",
         r"\toprule",
         " & ".join(escape(column.title) for column in table.columns) + r" \\",
@@ -127,7 +124,7 @@ def latex(table: Table) -> str:
     for row, rule in zip(rows, _rules(table), strict=True):
         lines += [r"\midrule"] if rule else []
         lines.append(" & ".join(map(_latex_cell, row)) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}" + ("}" if wide else ""), r"\end{table}", ""]
+    lines += [r"\bottomrule", r"\end{tabular}}", r"\end{table}", ""]
     return "\n".join(lines)
 
 
@@ -167,7 +164,10 @@ def markdown(table: Table) -> str:
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = cell.text.replace("|", "\\|")
+    text = " ".join(cell.text.split())  # a title may have lines, and signs that mean something
+    for sign in "\\`*|":
+        text = text.replace(sign, f"\\{sign}")
+    text = text.replace("<", "&lt;")
     text = {1: "**%s**", 2: "<u>%s</u>"}.get(cell.place, "%s") % text
     deviation = f" ± {cell.deviation}" if cell.deviation else ""
     return text + (f"<sup>{cell.mark}</sup>" if cell.mark else "") + deviation

@@ -144,6 +144,7 @@ def test_every_setting_says_what_it_is():
         ("mock.dims", {}, "at least one modality"),
         ("mock.dims", "{text: [", "wants a mapping"),
         ("mock.dims", "48", "wants a mapping"),
+        ("mock.dims", "{1: 4, 2: 4}", "1 is no name"),
         ("mock.dims", "{text: 2020-13-45}", "wants a mapping"),  # an impossible date
         ("mock.dims", "{text: wide}", "mock.dims: text wants a width"),
         ("mock.dims", {"text": 0}, "mock.dims: text wants a width"),

@@ -219,6 +219,17 @@ def test_mmrec_item_r_has_feature_row_r(tmp_path: Path) -> None:
     np.testing.assert_allclose(features, (raw - raw.mean(0)) / raw.std(0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["unixReviewTime", "timestamp:float", "review_time", "created_at"])
+def test_times_under_another_name_are_not_ignored(tmp_path: Path, name: str) -> None:
+    folder = write_mmrec(tmp_path / "d", [f"userID\titemID\t{name}", "5\t2\t7"])
+    with pytest.raises(UserError, match="looks like times"):
+        read_mmrec(folder)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "interactions.csv").write_text(f"user_id,item_id,{name}\na,b,7\n")
+    with pytest.raises(UserError, match="looks like times"):
+        read_folder(tmp_path / "e")
+
+
 def test_mmrec_feature_files_must_agree(tmp_path: Path) -> None:
     folder = write_mmrec(tmp_path / "d", ["userID\titemID", "5\t2"], rows=4)
     np.save(folder / "text_feat.npy", np.eye(5))

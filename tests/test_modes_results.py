@@ -16,7 +16,7 @@ from experiments import efficiency, plots_ids, runs
 from experiments.comparisons import ablation_table, compared, efficiency_table, reference
 from experiments.groups import user_groups
 from experiments.personal import IDS, TIMELINE, WEIGHTS, extreme_users, modality_weights
-from experiments.report import Entry, entries, protocol, read_runs
+from experiments.report import Entry, caption, entries, protocol, read_runs
 from experiments.runs import MODELS, Task, load_model, load_ranks, model_class
 from experiments.tables import P_VALUE, Column, Table, cells, html, latex, markdown
 from experiments.training import Trainer
@@ -90,12 +90,30 @@ def test_latex_is_well_formed(table):
     assert_well_formed(latex(table))
     wide = table._replace(columns=[table.columns[0]] + [table.columns[1]] * 12)
     assert_well_formed(latex(wide))
-    assert r"\resizebox" in latex(wide)
+    assert r"\resizebox{\ifdim\width>\linewidth" in latex(wide)
     long = table._replace(
         frame=table.frame.assign(model="a name of more than forty characters it is")
     )
     assert_well_formed(latex(long))
     assert r"\begin{tabular}{p{" in latex(long)
+
+
+def test_titles_cannot_break_a_markdown_table(table):
+    odd = table._replace(frame=table.frame.assign(model="C++ <vector> a|b\nsecond *line*"))
+    rows = markdown(odd).split("|---", 1)[1].splitlines()[1:]
+    assert len(rows) == len(table.frame)
+    assert r"C++ &lt;vector> a\|b second \*line\*" in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("split", "timed", "said"),
+    [("of the source", False, False), ("of the source", True, True), ("leave-one-out", True, True)],
+)
+def test_a_caption_speaks_of_ties_only_where_there_are_times(split, timed, said):
+    data = {"name": "shop", "users": 9, "items": 9, "interactions": 99}
+    protocol = {"mask_seen": True, "tie_policy": "shuffle", "split": split, "timed": timed}
+    text = caption({"dataset": data, "protocol": protocol})
+    assert ("equal time stamps" in text) == said
 
 
 # --------------------------------------------------------------------------- baseline

@@ -107,3 +107,27 @@ def test_records_of_another_order_are_not_restored_or_compared(kept, tmp_path, c
     with pytest.raises(UserError, match="were not tested alike"):
         records.table(other, against="popularity")
     assert "popularity" in records.table(other)
+
+
+def test_an_ablation_is_no_record_of_the_full_model(kept, tmp_path) -> None:
+    _, runs, _ = kept
+    for label, seed in (("", 42), ("No such thing", 43)):
+        folder = tmp_path / f"run{seed}"
+        shutil.copytree(runs / "sasrec_seed43", folder)
+        stored = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(stored | {"label": label}))
+        records.keep(folder, tmp_path / "place", "")
+    names = {path.name for path in (tmp_path / "place").iterdir()}
+    assert names == {"sasrec_seed43", "sasrec-no-such-thing_seed43"}
+
+
+def test_a_record_is_not_written_over_by_another_run(kept, tmp_path) -> None:
+    _, runs, _ = kept
+    records.keep(runs / "sasrec_seed43", tmp_path / "place", "")
+    records.keep(runs / "sasrec_seed43", tmp_path / "place", "")  # the same run may come again
+    other = tmp_path / "other"
+    shutil.copytree(runs / "sasrec_seed42", other)
+    stored = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps(stored | {"seed": 43}))
+    with pytest.raises(UserError, match="another run"):
+        records.keep(other, tmp_path / "place", "")

@@ -10,8 +10,7 @@ from experiments.training import Trainer
 
 def test_a_change_has_a_line_of_its_own(capsys, small_flags, monkeypatch):
     monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("a generator was trained"))
-    changes = ["--vary", "letter.codes=4", "--vary", "fusid.codes=4"]
-    main(["--model", "rpg,letter", *changes, *small_flags])
+    main(["--model", "rpg,letter", "--vary", "letter.codes=4", *small_flags])
     header, *lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in lines}
     assert list(rows) == ["rpg", "letter", "letter.codes=4"]
@@ -28,6 +27,7 @@ def test_a_change_has_a_line_of_its_own(capsys, small_flags, monkeypatch):
         (["--set", "letter.code=4"], "letter.codes"),
         (["--set", "letter.codes"], "write it as key=value"),
         (["--model", "letter", "--vary", "leter.codes=4"], "letter.codes"),
+        (["--model", "letter", "--vary", "fusid.codes=4"], "a setting of no model"),
     ],
 )
 def test_mistakes_are_one_line(capsys, small_flags, flags, message):
