@@ -208,6 +208,8 @@ def seeds_of(config: Config) -> range:
 
 def run_jobs(request: Request, jobs: list[Job], task: Task, isolate: bool = True) -> list[Path]:
     """Run what is not finished yet; returns the folders of those that failed."""
+    for job in jobs:  # so that tables made before all are finished can name what is missing
+        job.place.mkdir(parents=True, exist_ok=True)
     return [
         job.place
         for job in jobs

@@ -30,6 +30,7 @@ from util import (
     environment,
     from_first,
     load_checkpoint,
+    machine_name,
     pick_device,
     rank,
     reset_peak_memory,
@@ -136,7 +137,7 @@ def train(
         trainer.progress.prepare_seconds = watch.seconds
         seed_everything(stream_seed(config.run.seed, "train", rank()))
     here = environment(device, config.train.amp)
-    trainer.progress.machines.append(f"{here['device']} in {here['training']}")
+    trainer.progress.machines.append(f"{machine_name(here)} in {here['training']}")
     trainer.fit()
     return Trained(model, trainer, device, validate, memory_before)
 

@@ -6,20 +6,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from experiments import efficiency, plots_ids, runs
+from experiments import efficiency, modes, plots_ids, runs
 from experiments.comparisons import ablation_table, compared, efficiency_table, reference
 from experiments.groups import user_groups
 from experiments.personal import IDS, TIMELINE, WEIGHTS, extreme_users, modality_weights
-from experiments.report import Entry, caption, entries, protocol, read_runs
+from experiments.report import Entry, caption, entries, protocol, read_runs, unfinished
 from experiments.runs import MODELS, Task, load_model, load_ranks, model_class
 from experiments.tables import P_VALUE, Column, Table, cells, html, latex, markdown
-from experiments.training import Trainer
+from experiments.training import Stopped, Trainer
 from main import main
 from metrics import Ranks, paired_bootstrap, per_user
 
@@ -114,6 +115,18 @@ def test_a_caption_speaks_of_ties_only_where_there_are_times(split, timed, said)
     protocol = {"mask_seen": True, "tie_policy": "shuffle", "split": split, "timed": timed}
     text = caption({"dataset": data, "protocol": protocol})
     assert ("equal time stamps" in text) == said
+
+
+def test_runs_that_were_never_begun_are_named_as_missing(tiny, task, tmp_path, monkeypatch):
+    def stopped(*_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(modes, "run", stopped)
+    request = SimpleNamespace(config=lambda model, changes: tiny(model))
+    jobs = [modes.Job(tmp_path / f"{name}_seed42", name, 42, {}) for name in ("sasrec", "rpg")]
+    with pytest.raises(Stopped):
+        modes.run_jobs(request, jobs, task)
+    assert unfinished(tmp_path) == ["rpg_seed42", "sasrec_seed42"]
 
 
 # --------------------------------------------------------------------------- baseline

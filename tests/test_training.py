@@ -22,7 +22,15 @@ from experiments.runs import METRICS, RANKS, Task, run
 from experiments.training import BEST, LATEST, Stopped, Trainer
 from main import main
 from model_parts.base import Batch, Recommender
-from util import UserError, autocast_type, environment, load_checkpoint, save_checkpoint, write_json
+from util import (
+    UserError,
+    autocast_type,
+    environment,
+    load_checkpoint,
+    machine_name,
+    save_checkpoint,
+    write_json,
+)
 
 CPU = torch.device("cpu")
 TIMINGS = {"efficiency", "environment"}
@@ -317,7 +325,7 @@ def test_a_resumed_run_names_all_its_machines_and_no_peak_of_one(stopped, tiny, 
     monkeypatch.setattr(runs, "environment", lambda *_: here | {"device": "another"})
     result = run(tiny(settings={"train.batch_size": 8}), task, stopped)
     assert result["environment"]["device"] == "another"
-    assert result["environment"]["begun_on"] == f"cpu in {here['training']}"
+    assert result["environment"]["begun_on"] == f"{machine_name(here)} in {here['training']}"
     assert result["efficiency"]["peak_memory_mb"] is None
 
 
