@@ -1,7 +1,7 @@
 """RMSNorm in few passes over memory on a CPU; on a GPU it is PyTorch's own.
 
 PyTorch has no fused RMSNorm for CPUs: autograd keeps and multiplies ten tensors as large as the
-input, which took a tenth of a training step of TIGER.
+input, which makes a training step of TIGER some 5 % longer.
 """
 
 from __future__ import annotations
