@@ -21,7 +21,7 @@ from util import UserError, write_json
 
 log = logging.getLogger("pmat")
 
-FORMAT = 3  # raise it when a reader or the layout below changes what it stores
+FORMAT = 4  # raise it when a reader or the layout below changes what it stores
 _LARGE = 2**26  # bytes; smaller files are hashed anew each time
 _SETTLED = 5  # seconds
 _ABANDONED = 3600  # seconds after which a half-written cache is taken for a killed run's
